@@ -1,0 +1,214 @@
+"""Federated data: a data set whose records lie at workers, and a loader whose batches never mix owners.
+
+A loader sends one permutation for each worker and epoch; a batch is then a slice of it and an `index_select`
+for each column, all of them pointer operations: nothing waits, and no record travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from ..errors import DataError, UsageError
+from .session import Session
+from .tensor import PointerTensor, send, session_of
+
+__all__ = ["FederatedDataLoader", "FederatedDataset", "Part", "federate"]
+
+CHUNK = 256  # records collated at once while a data set is read: bounds the memory beside the data itself
+
+
+class Part:
+    """What one worker holds: `columns`, each a pointer of shape (records, ...), in the structure of a sample."""
+
+    def __init__(self, location: Any, columns: list[PointerTensor], structure: Any) -> None:
+        lengths = {len(column) for column in columns}
+        if len(lengths) != 1:
+            raise DataError(f"the columns at '{location.id}' have {sorted(lengths)} records; they must have as many each")
+        self.location = location
+        self.columns = columns
+        self.structure = structure
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+
+class FederatedDataset:
+    """Records that lie at workers: one `Part` each."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        if not parts:
+            raise DataError("a federated data set needs at least one worker")
+        self.parts = tuple(parts)
+
+    @property
+    def workers(self) -> list[Any]:
+        """The workers, in the order of the parts."""
+        return [part.location for part in self.parts]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, location: Any) -> Part:
+        """The part at a worker, given the worker or its id."""
+        for part in self.parts:
+            if location is part.location or location == part.location.id:
+                return part
+        held = ", ".join(part.location.id for part in self.parts)
+        raise KeyError(f"no part at {getattr(location, 'id', location)!r}; there are parts at: {held}")
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{part.location.id}: {len(part):,}" for part in self.parts)
+        return f"FederatedDataset({len(self):,} records; {parts})"
+
+
+class FederatedDataLoader:
+    """Batches of pointers, worker after worker; the last batch of a worker may be smaller, none mixes two.
+
+    `shuffle` permutes within each worker. As with torch's own loader the order follows `torch.manual_seed`, or
+    `generator` if one is given. `interleave` takes the workers in turn instead, a batch each. `len` counts
+    batches; `.dataset` is the federated data set. Options of torch's loader that have no meaning here
+    (`num_workers`, `pin_memory`, ...) are errors, not silently dropped.
+    """
+
+    def __init__(
+        self,
+        dataset: FederatedDataset,
+        batch_size: int = 8,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        *,
+        interleave: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(dataset, FederatedDataset):
+            hint = "call .federate((a, b)) on it first" if isinstance(dataset, Dataset) else "expected a FederatedDataset"
+            raise UsageError(f"FederatedDataLoader was given a {type(dataset).__name__}: {hint}")
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise UsageError(f"batch_size is a whole number of at least 1, found {batch_size!r}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.interleave = interleave
+        self.generator = generator
+
+    @property
+    def workers(self) -> list[Any]:
+        """The workers whose records the batches hold."""
+        return self.dataset.workers
+
+    def __len__(self) -> int:
+        return sum(self._batches(part) for part in self.dataset.parts)
+
+    def __iter__(self) -> Iterator[Any]:
+        orders = [self._order(part) for part in self.dataset.parts]
+        if self.interleave:
+            turns = [iter(self._of(part, order)) for part, order in zip(self.dataset.parts, orders, strict=True)]
+            while turns:
+                for turn in tuple(turns):
+                    try:
+                        yield next(turn)
+                    except StopIteration:
+                        turns.remove(turn)
+        else:
+            for part, order in zip(self.dataset.parts, orders, strict=True):
+                yield from self._of(part, order)
+
+    def _batches(self, part: Part) -> int:
+        whole, rest = divmod(len(part), self.batch_size)
+        return whole + (1 if rest and not self.drop_last else 0)
+
+    def _order(self, part: Part) -> PointerTensor | None:
+        if not self.shuffle:
+            return None
+        return send(torch.randperm(len(part), generator=self.generator), part.location)
+
+    def _of(self, part: Part, order: PointerTensor | None) -> Iterator[Any]:
+        for number in range(self._batches(part)):
+            start = number * self.batch_size
+            count = min(self.batch_size, len(part) - start)
+            with torch.no_grad():
+                if order is None:
+                    batch = [column.narrow(0, start, count) for column in part.columns]
+                else:
+                    chosen = order.narrow(0, start, count)
+                    batch = [column.index_select(0, chosen) for column in part.columns]
+            yield tree_unflatten(batch, part.structure)
+
+
+def federate(
+    dataset: Dataset[Any], workers: Sequence[Any], indices: Sequence[Sequence[int]] | None = None
+) -> FederatedDataset:
+    """Split a map-style data set among workers and send each its part, transforms applied.
+
+    In equal contiguous parts (sizes differ by one at most), or by `indices`, a list of record numbers for each
+    worker, so that real owners can be kept apart. Memory stays near that of one copy of the data."""
+    if not isinstance(workers, Sequence):
+        workers = (workers,)
+    sessions = [session_of(worker) for worker in workers]
+    chosen = _split(len(dataset), len(workers)) if indices is None else indices  # type: ignore[arg-type]  # map-style
+    if len(set(map(id, workers))) != len(workers):
+        raise UsageError("a worker is named twice; give each its own part once")
+    _check(len(dataset), [worker.id for worker in workers], chosen)  # type: ignore[arg-type]  # as above
+    return FederatedDataset([_send_part(dataset, session, part) for session, part in zip(sessions, chosen, strict=True)])
+
+
+def _split(records: int, parts: int) -> list[range]:
+    if parts < 1:
+        raise UsageError("federate needs at least one worker: dataset.federate((a, b))")
+    bounds = [records * n // parts for n in range(parts + 1)]
+    return [range(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _check(records: int, names: list[str], chosen: Sequence[Sequence[int]]) -> None:
+    if records == 0:
+        raise DataError("the data set is empty: there is nothing to send to " + ", ".join(names))
+    if len(chosen) != len(names):
+        raise UsageError(f"{len(chosen)} lists of indices for {len(names)} workers; give one list for each")
+    if len(names) > records:
+        raise DataError(f"{len(names)} workers, but only {records} records: each worker needs at least one")
+    taken: dict[int, str] = {}
+    for name, part in zip(names, chosen, strict=True):
+        if len(part) == 0:
+            raise DataError(f"no records for '{name}': each worker needs at least one")
+        for index in part:
+            if not 0 <= index < records:
+                raise DataError(f"record {index} for '{name}' does not exist; there are records 0 to {records - 1}")
+            if taken.setdefault(int(index), name) != name:
+                raise DataError(f"record {index} is given to both '{taken[int(index)]}' and '{name}'")
+
+
+def _send_part(dataset: Dataset[Any], session: Session, indices: Sequence[int]) -> Part:
+    columns, structure = _collate(dataset, indices)
+    pointers = [send(column, session.location) for column in columns]
+    session.flush()
+    return Part(session.location, pointers, structure)
+
+
+def _collate(dataset: Dataset[Any], indices: Sequence[int]) -> tuple[list[torch.Tensor], Any]:
+    """The records as columns, (records, ...) each. Filled chunk by chunk, so the data is in memory once."""
+    if isinstance(dataset, TensorDataset):
+        picked = torch.as_tensor(list(indices))
+        return tree_flatten(tuple(column.index_select(0, picked) for column in dataset.tensors))
+    columns: list[torch.Tensor] = []
+    structure: Any = None
+    for start in range(0, len(indices), CHUNK):
+        wanted = [int(index) for index in indices[start : start + CHUNK]]
+        batch, structure = tree_flatten(default_collate(_samples(dataset, wanted)))
+        for leaf in batch:
+            if not isinstance(leaf, torch.Tensor):
+                raise DataError(f"a record holds a {type(leaf).__name__}; only tensors and numbers can be sent")
+        columns = columns or [torch.empty((len(indices), *leaf.shape[1:]), dtype=leaf.dtype) for leaf in batch]
+        for column, leaf in zip(columns, batch, strict=True):
+            column[start : start + len(wanted)] = leaf
+    return columns, structure
+
+
+def _samples(dataset: Dataset[Any], indices: list[int]) -> list[Any]:
+    together = getattr(dataset, "__getitems__", None)
+    return together(indices) if together else [dataset[index] for index in indices]

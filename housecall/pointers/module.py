@@ -1,0 +1,116 @@
+"""Send a module to a worker and bring it home, in place: parameters and buffers keep their identity.
+
+NOTE [Swapping]
+An optimizer, a tied layer, an RNN's list of weights: all hold the parameter *objects*. So the object stays and
+what it holds is exchanged (`torch._C._swap_tensor_impl`, of which `torch.utils.swap_tensors` is the careful
+form). Unlike that form we allow weak references, since `nn.RNN` and kin keep some to their own weights and these
+stay right: the object they refer to is the one that stays. A graph that was built before the swap keeps the
+old value; running it backward afterwards would collect gradients that nobody reads, so it raises instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from .session import Session, caller
+from .tensor import PointerTensor, sent, session_of, sessions_of
+
+__all__ = ["get_module", "module_location", "send_module"]
+
+
+def send_module(module: nn.Module, location: Any) -> nn.Module:
+    """Send every parameter and buffer, with their gradients; the module itself is returned.
+
+    Nothing waits. Raises `UsageError` if any of them is at a worker already."""
+    session = session_of(location)
+    tensors = list(_tensors(module))
+    for tensor in tensors:
+        if isinstance(tensor, PointerTensor):
+            raise UsageError(
+                f"this module is at '{tensor.location.id}' already: bring it home with .get() before it is sent on"
+            )
+    site = caller()
+    for tensor in tensors:
+        _exchange(tensor, sent(session, tensor, site))
+    return module
+
+
+def get_module(module: nn.Module) -> nn.Module:
+    """Bring every parameter and buffer home, with their gradients, in one round trip; return the module."""
+    pointers = [tensor for tensor in _tensors(module) if isinstance(tensor, PointerTensor)]
+    if not pointers:
+        raise UsageError("this module is at home already: .send(worker) it first")
+    for session in sessions_of(pointers):
+        _bring_home(session, [pointer for pointer in pointers if pointer._slot.session is session])
+    return module
+
+
+def module_location(module: nn.Module) -> Any:
+    """The worker where the module is, `None` at home."""
+    for session in sessions_of(_tensors(module)):
+        return session.location
+    return None
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, each once, however often it is shared."""
+    seen: set[int] = set()
+    for part in module.modules():
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+def _bring_home(session: Session, pointers: list[PointerTensor]) -> None:
+    grads = [pointer.grad for pointer in pointers]
+    at_worker = [grad for grad in grads if isinstance(grad, PointerTensor) and grad._slot.session is session]
+    values = session.fetch([tensor._slot for tensor in (*pointers, *at_worker)])
+    homes = dict(zip(map(id, at_worker), values[len(pointers) :], strict=True))
+    for pointer, grad, value in zip(pointers, grads, values, strict=False):
+        value.requires_grad_(pointer.requires_grad)
+        if grad is not None:
+            value.grad = homes.get(id(grad), grad)
+        _exchange(pointer, value)
+
+
+def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Let `tensor` hold what `other` holds, and the other way round; both objects stay. See NOTE [Swapping]."""
+    if tensor._backward_hooks:
+        raise UsageError("a parameter with hooks cannot travel, they would not run at the worker: remove them first")
+    arriving = isinstance(other, PointerTensor)
+    away, home = (other, tensor) if arriving else (tensor, other)
+    kind = type(home) if arriving else tensor.__dict__.pop("_home_class")
+    slot, given = away._slot, away._spec  # type: ignore[attr-defined]  # `away` is the pointer of the two
+    if arriving:
+        tensor.__dict__["_home_class"] = kind
+        tensor._is_param = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]  # torch's own mark
+    tensor.__class__, other.__class__ = (PointerTensor, kind) if arriving else (kind, PointerTensor)
+    torch._C._swap_tensor_impl(tensor, other)
+    if arriving:
+        tensor._slot, tensor._spec = slot, given  # type: ignore[attr-defined]  # it is a pointer now
+        del other.__dict__["_slot"], other.__dict__["_spec"]
+    else:
+        for name in ("_slot", "_spec", "_is_param", "_id"):
+            tensor.__dict__.pop(name, None)
+        other._slot, other._spec = slot, given  # type: ignore[attr-defined]  # it holds the pointer now
+    if other._use_count() > 1 and other.requires_grad and other.is_leaf:
+        other.register_hook(_stale)
+
+
+def _stale(grad: Any) -> NoReturn:
+    raise UsageError(
+        "backward through a module that has moved since its forward: call loss.backward() "
+        "before the next model.get() or model.send()"
+    )
+
+
+def check_home(tensors: Iterable[torch.Tensor], what: str) -> None:
+    """Raise `UsageError` if any of the tensors is at a worker."""
+    for session in sessions_of(tensors):
+        raise UsageError(f"{what} is at '{session.location.id}': bring it home first, with .get()")

@@ -1,0 +1,259 @@
+"""A session: one ordered, asynchronous stream of messages to one worker. Nothing waits that need not.
+
+Whatever is done to a pointer becomes a message in the outbox; the outbox leaves as a frame when it holds
+`FRAME` messages or when somebody waits. A caller waits only where Python needs a value.
+
+NOTE [Lifetimes]
+A `Slot` is the one object that stands for a value at the worker; pointers that alias it (`detach`) share it.
+When the last of them dies, from whichever thread, also the garbage collector's, also at exit, the slot puts
+a `Drop` into the outbox, *after* every call that used it: appending to a deque is atomic and needs no lock.
+Finalizers stand here and not on the tensor, since modules swap what a tensor object holds.
+
+NOTE [Late errors]
+A call is sent long before it fails, so each message is queued beside the line that issued it. The lines of a
+frame are kept until its reply has come, then only those of calls that failed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import linecache
+import os
+import secrets
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import OperatorError, ProtocolError
+from ..program.call import Call, Items, refs
+from ..program.typing import type_of
+from ..transport.arrays import share
+from ..types import Ref, TensorType, Transport
+from ..wire.messages import Array, Describe, Drop, Failure, Fetch, Frame, Message, Put, Reply, Result, Seed
+
+__all__ = ["FRAME", "Session", "Site", "Slot", "caller"]
+
+FRAME = 64
+
+
+class Site(NamedTuple):
+    """A line of the caller's own code. Kept as code and instruction: the line is looked up if it is wanted."""
+
+    code: CodeType
+    instruction: int
+
+    def __str__(self) -> str:
+        line = next((n for start, end, n in self.code.co_lines() if start <= self.instruction < end and n), 0)
+        name = self.code.co_filename
+        source = linecache.getline(name, line).strip()
+        return f"{name}:{line} in {self.code.co_name}" + (f": {source}" if source else "")
+
+
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_inside: dict[str, bool] = {}
+
+
+def caller(depth: int = 1) -> Site | None:
+    """The innermost line that belongs neither to torch nor to this package, from `depth` frames up."""
+    frame: Any = sys._getframe(depth)
+    while frame is not None:
+        code = frame.f_code
+        try:
+            inside = _inside[code.co_filename]
+        except KeyError:
+            inside = _inside[code.co_filename] = code.co_filename.startswith((_HERE, _TORCH))
+        if not inside:
+            return Site(code, frame.f_lasti)
+        frame = frame.f_back
+    return None
+
+
+class Slot:
+    """One value at a worker. Dies with the last pointer to it, and frees the value then."""
+
+    __slots__ = ("__weakref__", "id", "outbox", "ref", "session")
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.outbox = session.outbox
+        self.id = next(session.ids)
+        self.ref = Ref(self.id)
+
+    def __del__(self) -> None:
+        self.outbox.append((Drop(self.id), None))
+
+
+def _forget_unused(messages: list[Message]) -> None:
+    """A value that was sent and dropped again before anything used it need not travel: its `Put` becomes a `Drop`.
+
+    So the gradients that go along with a model cost nothing where `zero_grad` follows."""
+    unused: dict[int, int] = {}
+    for index, message in enumerate(messages):
+        kind = type(message)
+        if kind is Put:
+            unused[message.id] = index  # type: ignore[union-attr]  # `kind` says it is a Put
+        elif not unused:
+            continue
+        elif kind is Drop:
+            put = unused.pop(message.id, None)  # type: ignore[union-attr]  # as above
+            if put is not None:
+                messages[put] = message
+        elif kind is Call:
+            for arg in (*message.args, *message.kwargs.values()):  # type: ignore[union-attr]  # as above
+                for ref in refs(arg) if type(arg) is Items else (arg.id,) if type(arg) is Ref else ():
+                    unused.pop(ref, None)
+        else:
+            unused.clear()
+
+
+class Session:
+    """One principal's stream to one worker. `location` is the worker as the caller knows it (its `.id` is
+    printed); `synchronous` waits after every call: slow, and errors stand where they are made."""
+
+    live: weakref.WeakSet[Session] = weakref.WeakSet()
+
+    def __init__(self, transport: Transport, location: Any, *, synchronous: bool = False) -> None:
+        self.transport = transport
+        self.location = location
+        self.synchronous = synchronous
+        # Ids start at random, from the system's generator: two sessions' ids do not look alike, and reseeding
+        # `random` cannot make them collide. Within the session they count, so none comes twice.
+        self.ids = itertools.count(10**10 + secrets.randbelow(8 * 10**10))
+        self.outbox: deque[tuple[Message, Site | None]] = deque()
+        self.frames = 0
+        self.waits = 0
+        self.generator: torch.Tensor | None = None
+        self._sites: dict[int, list[Site | None]] = {}
+        self._failed: dict[tuple[int, int], Site | None] = {}
+        self._lock = threading.RLock()
+        Session.live.add(self)
+
+    # -- issuing ------------------------------------------------------------------------------------------
+
+    def issue(self, call: Call) -> None:
+        """Queue a call. Returns at once, unless the session is synchronous."""
+        self.outbox.append((call, caller(4)))  # above: dispatch.issue, dispatch.dispatch, __torch_dispatch__
+        if self.synchronous:
+            self.wait()
+        elif len(self.outbox) >= FRAME:
+            self.flush()
+
+    def put(self, tensor: torch.Tensor, site: Site | None = None) -> tuple[Slot, TensorType]:
+        """Queue a copy of a local tensor, made when either side first writes; return its slot and type there."""
+        slot = Slot(self)
+        array = share(tensor)
+        self.outbox.append((Put(slot.id, array), site or caller()))
+        return slot, type_of(array.data)
+
+    def tell(self, message: Message) -> None:
+        """Queue a message that asks for nothing."""
+        self.outbox.append((message, caller()))
+
+    def seed(self) -> None:
+        """Before a random call: let the worker's generator follow the caller's, if that has moved since.
+
+        One draw is then taken here, so that seeding the caller's generator anew, even alike, is noticed."""
+        default = torch.default_generator
+        state = default.get_state()
+        if self.generator is None or not torch.equal(state, self.generator):
+            self.outbox.append((Seed(share(state)), None))
+        torch.randint(1 << 30, ())
+        self.generator = default.get_state()
+
+    def flush(self) -> None:
+        """Send what is queued as one frame."""
+        with self._lock:
+            messages: list[Message] = []
+            sites: list[Site | None] = []
+            outbox = self.outbox
+            while outbox:
+                message, site = outbox.popleft()
+                messages.append(message)
+                sites.append(site)
+            if messages:
+                _forget_unused(messages)
+                self.frames += 1
+                self._sites[self.frames] = sites
+                self.transport.send(Frame(self.frames, tuple(messages)))
+
+    @property
+    def busy(self) -> bool:
+        """Whether work is queued or under way; dropping is no work."""
+        return bool(self._sites) or any(type(message) is not Drop for message, _ in tuple(self.outbox))
+
+    # -- waiting ------------------------------------------------------------------------------------------
+
+    def ask(self, message: Message) -> Result:
+        """Queue a message that asks, wait, and return its result."""
+        with self._lock:
+            self.outbox.append((message, caller()))
+            results = self.wait()
+            if not results:
+                raise ProtocolError(f"worker '{self.location.id}' did not answer a {type(message).__name__.lower()}")
+            return results[-1]
+
+    def wait(self) -> list[Result]:
+        """Wait for everything queued so far; other workers with work to do run meanwhile.
+
+        Raises `OperatorError` if a write failed that nobody would notice otherwise."""
+        with self._lock:
+            self.flush()
+            for other in Session.live:
+                if other is not self and other.busy:
+                    other.flush()
+                    other.transport.start()
+            results: list[Result] = []
+            unnoticed: list[Failure] = []
+            if self._sites:
+                self.waits += 1
+            while self._sites:
+                reply = self.transport.receive()
+                results.extend(reply.results)
+                unnoticed.extend(self._settle(reply))
+            if unnoticed:
+                raise self.error(unnoticed[0])
+            return results
+
+    def fetch(self, slots: Iterable[Slot]) -> list[torch.Tensor]:
+        """The values of these slots, in one round trip. Raises `OperatorError` for the first that failed."""
+        slots = tuple(slots)
+        arrays = self.ask(Fetch(tuple(slot.id for slot in slots))).arrays  # type: ignore[union-attr]  # Fetch -> Value
+        for item in arrays:
+            if isinstance(item, Failure):
+                raise self.error(item)
+        return [item.data for item in arrays if isinstance(item, Array)]
+
+    def describe(self, slots: Iterable[Slot]) -> list[Any]:
+        """The types of these slots, `None` for a hole. Raises `OperatorError` for the first that failed."""
+        types = self.ask(Describe(tuple(slot.id for slot in slots))).types  # type: ignore[union-attr]  # -> Types
+        for item in types:
+            if isinstance(item, Failure):
+                raise self.error(item)
+        return list(types)
+
+    def error(self, failure: Failure) -> OperatorError:
+        """The error for a failure: where it ran, what ran, and which line issued it."""
+        site = self._failed.get((failure.frame, failure.index))
+        return OperatorError(self.location.id, failure.operator, failure.reason, str(site) if site else "")
+
+    def close(self) -> None:
+        """End the session; the worker frees its slots."""
+        self.outbox.clear()
+        self.transport.close()
+
+    def _settle(self, reply: Reply) -> list[Failure]:
+        """Forget the lines of an answered frame but those of failures; return the failures nobody would see."""
+        sites = self._sites.pop(reply.number, None)
+        if sites is None:
+            raise ProtocolError(f"worker '{self.location.id}' answered frame {reply.number}, which is not open")
+        for failure in reply.failures:
+            if failure.frame == reply.number:
+                self._failed[(failure.frame, failure.index)] = sites[failure.index]
+        return [failure for failure in reply.failures if failure.writes]

@@ -1,0 +1,216 @@
+"""PointerTensor: a real `torch.Tensor` (shape, dtype, autograd) whose value is a slot in a worker's store.
+
+Each ATen operation on it becomes one `Call` (`dispatch`). Autograd runs above, on the caller's side, so
+`loss.backward()` and `optimizer.step()` are only more calls. Torch is not patched: this is its own extension
+point, `__torch_dispatch__`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+
+from ..errors import SpentPointerError, UsageError
+from .dispatch import dispatch, point
+from .session import Session, Site, Slot
+from .typing import Spec, spec
+
+__all__ = ["PointerTensor", "send", "sent", "session_of", "sessions_of", "spend"]
+
+
+class Spent:
+    """Stands where a slot was, after `.get()` or `.move()` took the value away."""
+
+    def __init__(self, slot: Slot, taken_by: str) -> None:
+        self._text = (
+            f"this pointer is spent: {taken_by} took its value away from '{slot.session.location.id}'. "
+            "Use what that returned; to look at a value and keep the pointer, call .copy().get()"
+        )
+
+    @property
+    def session(self) -> NoReturn:
+        raise SpentPointerError(self._text)
+
+
+class PointerTensor(torch.Tensor):
+    """A tensor at a worker. `.get()` brings it home, `.location` says where it is."""
+
+    _slot: Slot
+    _spec: Spec
+
+    # Everything is done below, where autograd has already run: the Python-level protocol would only cost.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(cls, func, args, kwargs or {})
+
+    # -- where --------------------------------------------------------------------------------------------
+
+    @property
+    def location(self) -> Any:
+        """The worker that holds the value."""
+        return self._slot.session.location
+
+    @property
+    def id_at_location(self) -> int:
+        """The id of the slot: a key of the worker's `_objects`."""
+        _ = self._slot.session
+        return self._slot.id
+
+    @property
+    def id(self) -> int:
+        """This pointer's own number, as printed."""
+        found = self.__dict__.get("_id")
+        if found is None:
+            found = self.__dict__["_id"] = next(self._slot.session.ids)
+        return int(found)
+
+    # -- moving -------------------------------------------------------------------------------------------
+
+    def get(self) -> torch.Tensor:
+        """Bring the value home, and the gradient of a leaf with it. The worker holds it no longer, unless
+        another pointer shares it. Costs one round trip; raises `OperatorError` if the value's call failed.
+
+        A value that was computed comes home as a plain tensor: its graph stays with the pointers."""
+        if getattr(self, "_is_param", False):
+            raise UsageError("this is a parameter of a module: call .get() on the module, or .copy().get() here")
+        slots = [self._slot]
+        session = self._slot.session
+        grad = self.grad if self.is_leaf else None
+        if isinstance(grad, PointerTensor) and grad._slot.session is session:
+            slots.append(grad._slot)
+        values = session.fetch(slots)
+        value = values[0]
+        if self.is_leaf and self.requires_grad:
+            value.requires_grad_()
+            value.grad = values[1] if len(values) > 1 else None
+            if grad is not None:
+                spend(grad, ".get()")
+        spend(self, ".get()")
+        return value
+
+    def copy(self) -> PointerTensor:
+        """A second value at the same worker, equal to this one."""
+        _ = self._slot.session
+        clone: PointerTensor = self.detach().clone()  # type: ignore[assignment]  # dispatch returns pointers
+        return clone.requires_grad_() if self.requires_grad and self.is_leaf else clone  # type: ignore[return-value]
+
+    def move(self, other: Any) -> PointerTensor:
+        """Take the value to another worker, by way of this process; this pointer is spent."""
+        if other is self.location:
+            return self
+        return send(self.get(), other)
+
+    def send(self, other: Any) -> NoReturn:
+        """Always an error: the value is at a worker already."""
+        here, there = self.location.id, getattr(other, "id", other)
+        what = "it is there already" if here == there else f"to take it on, call .move({there})"
+        raise UsageError(f"this tensor lives at '{here}' and was to be sent to '{there}': {what}")
+
+    # -- the rest of what torch.Tensor does by touching memory --------------------------------------------
+
+    @property
+    def data(self) -> Any:
+        """As torch's: the same value, outside autograd. Assigning makes this pointer point there."""
+        return self.detach()
+
+    @data.setter
+    def data(self, other: Any) -> None:
+        if not isinstance(other, PointerTensor) or other._slot.session is not self._slot.session:
+            raise UsageError(f".data of a tensor at '{self.location.id}' takes a pointer to that worker; .send() it")
+        torch.Tensor.data.__set__(self, other.detach())  # type: ignore[attr-defined]  # a getset descriptor
+        self._slot, self._spec = other._slot, other._spec
+
+    def tolist(self) -> Any:
+        """The value as nested lists; one round trip."""
+        return self.detach().copy().get().tolist()  # type: ignore[attr-defined]  # a pointer
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Always an error unless forced: numpy needs the memory, and that is at the worker."""
+        if force:
+            return self.detach().copy().get().numpy()  # type: ignore[attr-defined]  # a pointer
+        raise UsageError(f"numpy cannot read a tensor at '{self.location.id}': call .get() first")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self.numpy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PointerTensor:
+        if not self.is_leaf:
+            raise RuntimeError("only leaves can be copied with deepcopy; use .detach() or .copy()")
+        clone = self.detach().copy().requires_grad_(self.requires_grad)  # type: ignore[attr-defined]  # a pointer
+        if getattr(self, "_is_param", False):
+            clone._is_param = True
+        memo[id(self)] = clone
+        if self.grad is not None:
+            clone.grad = self.grad.__deepcopy__(memo)
+        return clone  # type: ignore[no-any-return]  # as above
+
+    def __reduce_ex__(self, proto: Any) -> NoReturn:
+        raise UsageError(f"a pointer to '{self.location.id}' cannot be saved or pickled: call .get() first")
+
+    def __format__(self, format_spec: str) -> str:
+        if not format_spec:
+            return repr(self)
+        return format(self.item(), format_spec)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        slot = self._slot
+        if isinstance(slot, Spent):
+            return "(Wrapper)>[PointerTensor | spent]"
+        return f"(Wrapper)>[PointerTensor | me:{self.id} -> {slot.session.location.id}:{slot.id}]"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        shape = " × ".join(map(str, self.shape)) or "scalar"
+        grad = ", requires grad" if self.requires_grad else ""
+        return f"<code>{self!r}</code><br><small>{shape}, {self.dtype}{grad}; the value is at the worker</small>"
+
+
+def spend(pointer: PointerTensor, taken_by: str) -> None:
+    """Let go of the slot for good; what is done with the pointer from now on is an error that says so."""
+    pointer._slot = Spent(pointer._slot, taken_by)  # type: ignore[assignment]  # stands in for a slot to raise
+
+
+def send(tensor: torch.Tensor, location: Any) -> PointerTensor:
+    """Send a copy of a local tensor to a worker. A leaf's gradient goes with it.
+
+    A tensor that was computed with autograd is refused: its graph does not cross to the worker."""
+    if isinstance(tensor, PointerTensor):
+        tensor.send(location)
+    return sent(session_of(location), tensor, None)
+
+
+def sent(session: Session, tensor: torch.Tensor, site: Site | None) -> PointerTensor:
+    """`send` for a known session, issued at a known line."""
+    if tensor.layout is not torch.strided:
+        raise UsageError(f"a tensor of layout {tensor.layout} cannot be sent: call .to_dense() first")
+    slot, type_ = session.put(tensor, site)
+    pointer: PointerTensor = point(PointerTensor, slot, spec(type_))
+    if tensor.requires_grad:
+        if not tensor.is_leaf:
+            raise UsageError(
+                "this tensor was computed, and autograd does not cross to a worker: send its inputs, or detach it"
+            )
+        pointer.requires_grad_()
+        grad = tensor.grad
+        if grad is not None:
+            pointer.grad = grad if isinstance(grad, PointerTensor) else sent(session, grad, site)
+    return pointer
+
+
+def session_of(location: Any) -> Session:
+    """The session of a worker, as found on what users hold."""
+    session = getattr(location, "session", None)
+    if not isinstance(session, Session):
+        raise UsageError(f"expected a worker, such as VirtualWorker(id='clinic'), found {type(location).__name__}")
+    return session
+
+
+def sessions_of(tensors: Iterable[torch.Tensor]) -> set[Session]:
+    """The sessions that these tensors live in; local ones have none."""
+    return {tensor._slot.session for tensor in tensors if isinstance(tensor, PointerTensor)}
+

@@ -1,0 +1,130 @@
+"""Call and Program: `outs = op(args)`, and a straight-line list of them. Frozen, printable data.
+
+What must live here: the grammar and its printed form. What must not: any meaning (`ops` has the rules, `run` the values).
+
+    Arg     ::= None | bool | int | float | str | Ref | Complex | Symbol | Items
+    Call    ::= outs = op(args, kwargs)
+    Program ::= inputs, calls, outputs
+
+Outputs are positional, with holes: `convolution_backward` may return `(None, weight, bias)`, and dropping
+the hole would shift every later result by one, silently. A hole is the id 0.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import msgspec
+
+from ..types import Ref, TensorType
+
+__all__ = ["HOLE", "Arg", "Call", "Complex", "Input", "Items", "Program", "Symbol", "call_text", "refs", "text"]
+
+HOLE = 0
+
+
+class Complex(msgspec.Struct, frozen=True, array_like=True, tag="complex", tag_field="t"):
+    """A complex scalar."""
+
+    real: float
+    imag: float
+
+
+class Symbol(msgspec.Struct, frozen=True, array_like=True, tag="symbol", tag_field="t"):
+    """A member of one of torch's enumerations, by name. The kind keeps data from impersonating a type."""
+
+    kind: Literal["dtype", "device", "layout", "memory_format"]
+    name: str
+
+
+class Items(msgspec.Struct, frozen=True, array_like=True, tag="items", tag_field="t"):
+    """A list argument: sizes, dimensions, tensors, optional tensors."""
+
+    items: tuple[Arg, ...]
+
+
+Arg = None | bool | int | float | str | Ref | Complex | Symbol | Items
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True, tag="call", tag_field="t"):
+    """`outs = op(*args, **kwargs)`; `op` is an ATen overload without its namespace ("add.Tensor")."""
+
+    op: str
+    args: tuple[Arg, ...]
+    kwargs: dict[str, Arg]
+    outs: tuple[int, ...]
+
+
+class Input(msgspec.Struct, frozen=True, array_like=True):
+    """A named input of a program, the id it binds, and its type."""
+
+    name: str
+    id: int
+    type: TensorType
+
+
+class Program(msgspec.Struct, frozen=True, array_like=True, tag="program", tag_field="t"):
+    """A straight-line, single-assignment list of calls with named inputs and outputs.
+
+    `outputs` maps a name to a bound id. `program.check.check` says whether it may run, `program.run.run`
+    runs it, `str` prints it.
+    """
+
+    inputs: tuple[Input, ...]
+    calls: tuple[Call, ...]
+    outputs: tuple[tuple[str, int], ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical encoding, in hexadecimal: what an owner approves."""
+        return hashlib.sha256(msgspec.msgpack.encode(self, order="deterministic")).hexdigest()
+
+    def __str__(self) -> str:
+        return text(self)
+
+
+def refs(arg: Arg) -> list[int]:
+    """The ids that an argument reads, in order."""
+    if isinstance(arg, Ref):
+        return [arg.id]
+    if isinstance(arg, Items):
+        return [found for item in arg.items for found in refs(item)]
+    return []
+
+
+def text(program: Program) -> str:
+    """`program(inputs) { calls; return outputs }`, names for inputs, `%n` for the rest in order of binding."""
+    names = {item.id: item.name for item in program.inputs}
+    for call in program.calls:
+        for out in call.outs:
+            if out != HOLE:
+                names.setdefault(out, f"%{len(names)}")
+    inputs = ", ".join(f"{item.name}: {item.type}" for item in program.inputs)
+    lines = [f"  {call_text(call, names)}" for call in program.calls]
+    outputs = ", ".join(f"{name}={names.get(ref, f'%?{ref}')}" for name, ref in program.outputs)
+    return "\n".join([f"program({inputs}) {{", *lines, f"  return {outputs}", "}"])
+
+
+def call_text(call: Call, names: dict[int, str] | None = None) -> str:
+    """`%3, _ = max.dim(x, 1, keepdim=True)`; ids print as `%id` where no name is given."""
+    known = names or {}
+    outs = ", ".join("_" if out == HOLE else known.get(out, f"%{out}") for out in call.outs)
+    args = [_arg(arg, known) for arg in call.args]
+    args += [f"{key}={_arg(arg, known)}" for key, arg in call.kwargs.items()]
+    bind = f"{outs} = " if call.outs else ""
+    return f"{bind}{call.op}({', '.join(args)})"
+
+
+def _arg(arg: Arg, names: dict[int, str]) -> str:
+    match arg:
+        case Ref(id=ref):
+            return names.get(ref, f"%{ref}")
+        case Items(items=items):
+            return f"[{', '.join(_arg(item, names) for item in items)}]"
+        case Complex(real=real, imag=imag):
+            return repr(complex(real, imag))
+        case Symbol(name=name):
+            return name
+        case _:
+            return repr(arg)

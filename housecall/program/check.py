@@ -1,0 +1,124 @@
+"""Which programs may run: bound once, bound before use, allowed, typed, writing to nothing they were given.
+
+A walk over data: no torch, no values. Every error names the call by its number and prints it.
+"""
+
+from __future__ import annotations
+
+from ..errors import ProgramError
+from ..types import Ref, TensorType
+from .call import HOLE, Arg, Call, Complex, Items, Program, Symbol, call_text, refs
+from .ops import Operator, Param, operator
+
+__all__ = ["arguments", "check", "check_call"]
+
+# What each kind of parameter takes. bool before int: Python's True is an int, a dimension is not a truth.
+_TAKES: dict[str, tuple[type, ...]] = {
+    "Tensor": (Ref,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "Scalar": (bool, int, float, Complex),
+    "complex": (bool, int, float, Complex),
+    "str": (str,),
+    "ScalarType": (Symbol,),
+    "Device": (Symbol,),
+    "Layout": (Symbol,),
+    "MemoryFormat": (Symbol,),
+    "Generator": (),
+}
+_SYMBOLS = {"ScalarType": "dtype", "Device": "device", "Layout": "layout", "MemoryFormat": "memory_format"}
+
+
+def check(program: Program) -> None:
+    """Raise `ProgramError` (or its `UnknownOperator`) unless the program may run."""
+    bound: set[int] = set()
+    for item in program.inputs:
+        if item.id in bound or item.id == HOLE:
+            raise ProgramError(f"input '{item.name}' binds %{item.id}, which is bound already; bind each id once")
+        _check_type(item.name, item.type)
+        bound.add(item.id)
+    given = frozenset(bound)
+    for number, call in enumerate(program.calls):
+        try:
+            check_call(call)
+            _check_binding(call, bound, given)
+        except ProgramError as error:
+            raise type(error)(f"call {number}, `{call_text(call)}`: {error}") from None
+        bound.update(out for out in call.outs if out != HOLE)
+    for name, ref in program.outputs:
+        if ref not in bound:
+            raise ProgramError(f"output '{name}' is %{ref}, which nothing binds")
+
+
+def _check_type(name: str, type_: TensorType) -> None:
+    if len(type_.shape) != len(type_.stride) or min((*type_.shape, *type_.stride, type_.offset), default=0) < 0:
+        raise ProgramError(f"input '{name}': {type_} with stride {type_.stride} is no tensor's type")
+
+
+def _check_binding(call: Call, bound: set[int], given: frozenset[int]) -> None:
+    for arg in (*call.args, *call.kwargs.values()):
+        for ref in refs(arg):
+            if ref not in bound:
+                raise ProgramError(f"%{ref} is used before it is bound")
+    for out in call.outs:
+        if out != HOLE and (out in bound or call.outs.count(out) > 1):
+            raise ProgramError(f"%{out} is bound already; bind each id once")
+    for param, arg in arguments(operator(call.op), call):
+        # A stored program that writes to its inputs would leak one run into the next.
+        if param.writes and given.intersection(refs(arg)):
+            raise ProgramError(f"'{param.name}' is an input of the program and would be written; clone it first")
+
+
+def check_call(call: Call) -> Operator:
+    """Check one call against its operator's schema, and return the operator."""
+    rules = operator(call.op)
+    given = {param.name for param, arg in arguments(rules, call) if _check_argument(param, arg)}
+    for param in rules.params:
+        if param.required and param.name not in given:
+            raise ProgramError(f"'{param.name}' is missing; the schema is {rules.schema}")
+    _check_outs(rules, call)
+    return rules
+
+
+def arguments(rules: Operator, call: Call) -> list[tuple[Param, Arg]]:
+    """Each argument beside the parameter that takes it. Raises `ProgramError` for one that none takes."""
+    positional = [param for param in rules.params if not param.keyword]
+    if len(call.args) > len(positional):
+        raise ProgramError(f"{len(call.args)} positional arguments, at most {len(positional)} expected: {rules.schema}")
+    pairs = list(zip(positional, call.args, strict=False))
+    taken = {param.name for param, _ in pairs}
+    by_name = {param.name: param for param in rules.params}
+    for name, arg in call.kwargs.items():
+        if name not in by_name or name in taken:
+            raise ProgramError(f"unexpected argument '{name}'; the schema is {rules.schema}")
+        pairs.append((by_name[name], arg))
+    return pairs
+
+
+def _check_argument(param: Param, arg: Arg) -> bool:
+    if arg is None and param.optional:
+        return True
+    if param.many and isinstance(arg, Items):
+        for item in arg.items:
+            if not (item is None and param.item_optional):
+                _check_one(param, item)
+        return True
+    _check_one(param, arg)  # `int[2] size=3` takes one int for all, as torch does
+    return True
+
+
+def _check_one(param: Param, arg: Arg) -> None:
+    takes = _TAKES[param.kind]
+    impostor = isinstance(arg, bool) and bool not in takes
+    if impostor or not isinstance(arg, takes) or (param.many and param.kind == "Tensor" and not isinstance(arg, Ref)):
+        raise ProgramError(f"'{param.name}' expects {param.kind}, found {type(arg).__name__} {arg!r}")
+    if isinstance(arg, Symbol) and arg.kind != _SYMBOLS[param.kind]:
+        raise ProgramError(f"'{param.name}' expects a {_SYMBOLS[param.kind]}, found the {arg.kind} {arg.name}")
+
+
+def _check_outs(rules: Operator, call: Call) -> None:
+    fresh = [item for item in rules.returns if not item.same_as]
+    fits = len(call.outs) >= len(fresh) - 1 if any(item.many for item in fresh) else len(call.outs) == len(fresh)
+    if not fits:
+        raise ProgramError(f"{len(call.outs)} outputs bound, {len(fresh)} expected: {rules.schema}")

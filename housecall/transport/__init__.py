@@ -1,0 +1,1 @@
+"""Where bytes go: one session's frames to one worker, its replies back."""

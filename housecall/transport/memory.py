@@ -1,0 +1,137 @@
+"""A worker in the same process: the same messages as on the wire, without the wire.
+
+NOTE [Whose thread]
+Two threads that both run Python fight for the interpreter lock, and small operators lose most of their time
+to it. So the caller's own thread runs the frames of the worker she waits for. Only when *several* workers
+have work does a thread start for each of the others (`start`): there large operators, which leave the lock,
+overlap. A caller who issues and never waits pays for one frame each time `BACKLOG` of them are queued.
+
+While several workers run, each takes its share of the intra-op threads; a worker alone has all of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import torch
+
+from ..errors import WorkerGone
+from ..types import Door
+from ..wire.codec import decode, encode
+from ..wire.messages import Array, Frame, Put, Reply, Seed, Value
+from .arrays import pack, unpack
+
+__all__ = ["BACKLOG", "MemoryTransport", "through_codec"]
+
+BACKLOG = 8
+
+class MemoryTransport:
+    """A `Transport` to a `Door` in this process.
+
+    `codec=True` puts every frame and reply through bytes and back: what a remote worker would have seen.
+    """
+
+    def __init__(self, door: Door, *, name: str = "worker", codec: bool = False) -> None:
+        self._door = door
+        self._name = name
+        self._handle: Callable[[Frame], Reply] = through_codec(door.handle) if codec else door.handle
+        self._frames: deque[Frame] = deque()
+        self._replies: deque[Reply] = deque()
+        self._turn = threading.Lock()  # held by whoever runs a frame: frames run one by one, in order
+        self._owed = 0
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def send(self, frame: Frame) -> None:
+        if self._closed:
+            raise WorkerGone(f"worker '{self._name}' is closed; its values are gone. Make a new worker and send anew")
+        self._owed += 1
+        self._frames.append(frame)
+        if len(self._frames) > BACKLOG:
+            self._run_one()
+
+    def start(self) -> None:
+        if self._frames and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._run_all, name=f"housecall-{self._name}", daemon=True)
+            self._thread.start()
+
+    def receive(self) -> Reply:
+        if not self._owed:
+            raise WorkerGone(f"worker '{self._name}' owes no reply")
+        while not self._replies:
+            self._run_one()
+        self._owed -= 1
+        return self._replies.popleft()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._frames.clear()
+            with self._turn:
+                self._door.close()
+
+    def _run_one(self) -> bool:
+        """Run the oldest frame, unless none is left; waits for the thread that is running one."""
+        with self._turn:
+            try:
+                frame = self._frames.popleft()
+            except IndexError:
+                return False
+            self._replies.append(self._handle(frame))
+            return True
+
+    def _run_all(self) -> None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        while self._run_one():
+            pass
+
+
+def through_codec(handle: Callable[[Frame], Reply]) -> Callable[[Frame], Reply]:
+    """The same door, reached through bytes."""
+
+    def handle_bytes(frame: Frame) -> Reply:
+        sent = decode(encode(_packed_frame(frame)), Frame)
+        reply = handle(_unpacked_frame(sent))
+        return _unpacked_reply(decode(encode(_packed_reply(reply)), Reply))
+
+    return handle_bytes
+
+
+def _packed_frame(frame: Frame) -> Frame:
+    return Frame(frame.number, tuple(_with_array(message, pack) for message in frame.messages))
+
+
+def _unpacked_frame(frame: Frame) -> Frame:
+    return Frame(frame.number, tuple(_with_array(message, _opened) for message in frame.messages))
+
+
+def _with_array(message: object, change: Callable[[Array], Array]) -> object:
+    match message:
+        case Put(id=ref, value=value):
+            return Put(ref, change(value))
+        case Seed(state=state):
+            return Seed(change(state))
+    return message
+
+
+def _opened(array: Array) -> Array:
+    return Array(None, unpack(array))
+
+
+def _packed_reply(reply: Reply) -> Reply:
+    return _with_values(reply, pack)
+
+
+def _unpacked_reply(reply: Reply) -> Reply:
+    return _with_values(reply, _opened)
+
+
+def _with_values(reply: Reply, change: Callable[[Array], Array]) -> Reply:
+    results = []
+    for result in reply.results:
+        if isinstance(result, Value):
+            result = Value(tuple(change(item) if isinstance(item, Array) else item for item in result.arrays))
+        results.append(result)
+    return Reply(reply.number, tuple(results), reply.failures)

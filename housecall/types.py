@@ -1,0 +1,75 @@
+"""The architecture on one page.
+
+A scientist's *session* holds pointers: each is a `Ref` (which slot at the worker) and a `TensorType` (what
+torch must know to go on without the value). Whatever she does becomes messages in a `Frame`, a `Transport`
+carries frames to a worker in order, and every frame is answered by one `Reply`:
+
+    pointers ── Frame(Put, Call, Drop, Fetch, ...) ──> Transport ──> worker
+    pointers <── Reply(values, types, failures) ────── Transport <── worker
+
+This file knows neither torch nor any other file of the package.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import msgspec
+
+__all__ = ["Door", "Ref", "TensorType", "Transport"]
+
+
+class Ref(msgspec.Struct, frozen=True, array_like=True, tag="ref", tag_field="t"):
+    """A slot in the store of one session at one worker, or a name bound inside a program."""
+
+    id: int
+
+
+class TensorType(msgspec.Struct, frozen=True, array_like=True, tag="type", tag_field="t"):
+    """All that torch asks of a tensor besides its elements.
+
+    `dtype` is torch's name without the prefix ("float32"); `stride` and `offset` count elements; `conj` and
+    `neg` are torch's lazy conjugate and negative bits: an operator that ignores them is silently wrong.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int = 0
+    device: str = "cpu"
+    conj: bool = False
+    neg: bool = False
+
+    def __str__(self) -> str:
+        """As printed in programs: `float32[64, 10]`."""
+        place = "" if self.device == "cpu" else f" @{self.device}"
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]{place}"
+
+
+class Door(Protocol):
+    """A worker's side of one session: the only way in."""
+
+    def handle(self, frame: Any) -> Any:
+        """Do what a `wire.messages.Frame` says, in its order, and return its `Reply`. Never raises for
+        what a frame contains: a failure is part of the reply."""
+
+    def close(self) -> None:
+        """End the session: its slots are freed."""
+
+
+class Transport(Protocol):
+    """Carries one session's frames to one worker: in order, each exactly once."""
+
+    def send(self, frame: Any) -> None:
+        """Take a frame; may return before the worker has seen it. Never waits for a reply."""
+
+    def start(self) -> None:
+        """Let what was sent run now, beside the caller: she is about to wait for another worker."""
+
+    def receive(self) -> Any:
+        """Wait for the reply to the oldest frame not yet answered, and return it.
+
+        Raises `WorkerGone` when none will come."""
+
+    def close(self) -> None:
+        """End the session; calling it twice is harmless."""

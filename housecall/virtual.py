@@ -1,0 +1,41 @@
+"""VirtualWorker: a real worker and a session to it, in this process. Same door, same messages, no wire."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import UsageError
+from .pointers.session import Session
+from .transport.memory import MemoryTransport
+from .worker.worker import Worker
+
+__all__ = ["VirtualWorker"]
+
+
+class VirtualWorker:
+    """A worker in this process, for simulation, teaching and tests.
+
+    `hook` is accepted for the classic signature. `synchronous=True` runs every call at once, so that an error
+    stands at the line that makes it; `codec=True` puts every message through bytes, as on a wire.
+    """
+
+    def __init__(
+        self, hook: Any = None, id: str = "worker", *, synchronous: bool = False, codec: bool = False
+    ) -> None:
+        if not isinstance(id, str) or not id:
+            raise UsageError(f"a worker's id is a name such as 'clinic', found {id!r}")
+        self.id = id
+        self.worker = Worker(id)
+        self._door = self.worker.open("me")
+        self.session = Session(MemoryTransport(self._door, name=id, codec=codec), self, synchronous=synchronous)
+
+    @property
+    def _objects(self) -> dict[int, torch.Tensor]:
+        """What the worker holds for this session, by id. Waits until it has done what was asked so far."""
+        self.session.wait()
+        return self._door.store.tensors()
+
+    def __repr__(self) -> str:
+        return f"<VirtualWorker id:{self.id} #objects:{len(self._objects)}>"

@@ -1,0 +1,152 @@
+"""The closed union of messages. A frame goes to a worker, one reply to each frame comes back.
+
+What must live here: what may be asked and answered, as typed structs. What must not: torch, sockets, meaning.
+Every tensor travels as an `Array`: its type and its elements. Within one process `data` is the tensor itself,
+copied on write; on the wire it is raw little-endian bytes. There is no third form, and none of them is code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ..program.call import Call
+from ..types import TensorType
+
+__all__ = [
+    "Array",
+    "Clear",
+    "Describe",
+    "Drop",
+    "Failure",
+    "Fetch",
+    "Found",
+    "Frame",
+    "Info",
+    "Message",
+    "Put",
+    "Reply",
+    "Result",
+    "Search",
+    "Seed",
+    "Tag",
+    "Types",
+    "Value",
+]
+
+
+class Array(msgspec.Struct, frozen=True, array_like=True, tag="array", tag_field="t"):
+    """A tensor on its way: `data` holds exactly the elements of `type`, never the rest of a storage. The type is
+    left out within one process, where `data` is the tensor."""
+
+    type: TensorType | None
+    data: Any
+
+
+class Put(msgspec.Struct, frozen=True, array_like=True, tag="put", tag_field="t"):
+    """Store a tensor under a new id."""
+
+    id: int
+    value: Array
+
+
+class Drop(msgspec.Struct, frozen=True, array_like=True, tag="drop", tag_field="t"):
+    """Nobody points at this id any more. Stands in order among the calls, so memory is reused at once."""
+
+    id: int
+
+
+class Fetch(msgspec.Struct, frozen=True, array_like=True, tag="fetch", tag_field="t"):
+    """Ask for values: each leaves through the worker's `release`, or the reply says why not."""
+
+    ids: tuple[int, ...]
+
+
+class Describe(msgspec.Struct, frozen=True, array_like=True, tag="describe", tag_field="t"):
+    """Ask for the types of slots: for results whose shape the caller cannot know (`nonzero`)."""
+
+    ids: tuple[int, ...]
+
+
+class Seed(msgspec.Struct, frozen=True, array_like=True, tag="seed", tag_field="t"):
+    """The state of the caller's random generator: the session's draws continue from it."""
+
+    state: Array
+
+
+class Tag(msgspec.Struct, frozen=True, array_like=True, tag="tag", tag_field="t"):
+    """Name a slot, so that `Search` finds it: tags begin with '#', the description is free text."""
+
+    id: int
+    tags: tuple[str, ...]
+    description: str
+
+
+class Search(msgspec.Struct, frozen=True, array_like=True, tag="search", tag_field="t"):
+    """Which tagged slots of this session carry all of these tags?"""
+
+    tags: tuple[str, ...]
+
+
+class Clear(msgspec.Struct, frozen=True, array_like=True, tag="clear", tag_field="t"):
+    """Free every slot of this session."""
+
+
+Message = Put | Call | Drop | Fetch | Describe | Seed | Tag | Search | Clear
+
+
+class Frame(msgspec.Struct, frozen=True, array_like=True):
+    """Messages in the order of issue; `number` counts the frames of a session from 1."""
+
+    number: int
+    messages: tuple[Message, ...]
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True, tag="failure", tag_field="t"):
+    """Message `index` of frame `frame` failed. `writes`: it was to change a value in place, and did not."""
+
+    frame: int
+    index: int
+    operator: str
+    reason: str
+    writes: bool
+
+
+class Value(msgspec.Struct, frozen=True, array_like=True, tag="value", tag_field="t"):
+    """The answer to `Fetch`, in its order."""
+
+    arrays: tuple[Array | Failure, ...]
+
+
+class Types(msgspec.Struct, frozen=True, array_like=True, tag="types", tag_field="t"):
+    """The answer to `Describe`, in its order; `None` for a hole."""
+
+    types: tuple[TensorType | Failure | None, ...]
+
+
+class Info(msgspec.Struct, frozen=True, array_like=True, tag="info", tag_field="t"):
+    """A tagged slot."""
+
+    id: int
+    tensor: TensorType
+    tags: tuple[str, ...]
+    description: str
+
+
+class Found(msgspec.Struct, frozen=True, array_like=True, tag="found", tag_field="t"):
+    """The answer to `Search`."""
+
+    slots: tuple[Info, ...]
+
+
+Result = Value | Types | Found
+
+
+class Reply(msgspec.Struct, frozen=True, array_like=True):
+    """The answer to the frame of the same number: one result for each message that asks, in order, and
+    every failure."""
+
+    number: int
+    results: tuple[Result, ...]
+    failures: tuple[Failure, ...]
