@@ -1,0 +1,70 @@
+"""Housecall: train PyTorch models on data that stays with its owners.
+
+The public names, resolved on first use (PEP 562): importing the package costs nothing and does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .datasets import MNIST as MNIST
+    from .errors import (
+        CodecError as CodecError,
+        DataError as DataError,
+        HousecallError as HousecallError,
+        OperatorError as OperatorError,
+        PlaceError as PlaceError,
+        ProgramError as ProgramError,
+        ProtocolError as ProtocolError,
+        SpentPointerError as SpentPointerError,
+        UnknownOperator as UnknownOperator,
+        UsageError as UsageError,
+        WorkerGone as WorkerGone,
+    )
+    from .pointers.data import FederatedDataLoader as FederatedDataLoader, FederatedDataset as FederatedDataset
+    from .pointers.hook import TorchHook as TorchHook
+    from .pointers.tensor import PointerTensor as PointerTensor, send as send
+    from .program.call import Call as Call, Program as Program
+    from .virtual import VirtualWorker as VirtualWorker
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Call": "program.call",
+    "CodecError": "errors",
+    "DataError": "errors",
+    "FederatedDataLoader": "pointers.data",
+    "FederatedDataset": "pointers.data",
+    "HousecallError": "errors",
+    "MNIST": "datasets",
+    "OperatorError": "errors",
+    "PlaceError": "errors",
+    "PointerTensor": "pointers.tensor",
+    "Program": "program.call",
+    "ProgramError": "errors",
+    "ProtocolError": "errors",
+    "SpentPointerError": "errors",
+    "TorchHook": "pointers.hook",
+    "UnknownOperator": "errors",
+    "UsageError": "errors",
+    "VirtualWorker": "virtual",
+    "WorkerGone": "errors",
+    "send": "pointers.tensor",
+}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'housecall' has no attribute '{name}'; the public names are {', '.join(__all__)}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

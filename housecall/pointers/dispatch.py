@@ -14,6 +14,7 @@ NOTE [Operators that are not sent as they come]
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,7 @@ __all__ = ["dispatch", "point"]
 _make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # torch's own factory, untyped
 _KINDLESS = frozenset((bool, type(None), str))
 _TABLE_LIMIT = 1 << 16
+_LONGEST = 64  # of a list whose length only the worker knows
 
 _outcomes: dict[tuple[Any, ...], Outcome] = {}
 _rules: dict[Any, _Rule] = {}
@@ -75,6 +77,14 @@ class _Rule:
 
 def issue(cls: type, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Queue one call and return pointers to its results."""
+    try:
+        return _issue(cls, rule, args, kwargs)
+    except _LocalTensor:
+        pass  # only now, with the frames of the attempt gone, can `_adopt` see who holds the tensor
+    return _issue(cls, rule, *_adopt(cls, rule, args, kwargs))
+
+
+def _issue(cls: type, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     session: Session | None = None
     key: list[Any] = [rule.function]
     sent: list[Arg] = []
@@ -180,22 +190,69 @@ def _argument(cls: type, rule: _Rule, arg: Any, key: list[Any], held: list[Slot]
         key.append(kind)
         return Complex(arg.real, arg.imag)
     if isinstance(arg, torch.Tensor):
-        return _local(rule, arg, key, held, session)
+        return _local(arg, key, held, session)
     return _symbol(rule, arg, key)
 
 
-def _local(rule: _Rule, tensor: torch.Tensor, key: list[Any], held: list[Slot], session: Session) -> Arg:
-    """A local tensor without dimensions goes along, as torch lets it with CUDA; any other is an error."""
+class _LocalTensor(Exception):  # noqa: N818  # not an error yet: `issue` decides
+    """A local tensor with dimensions stands among the arguments."""
+
+
+def _local(tensor: torch.Tensor, key: list[Any], held: list[Slot], session: Session) -> Arg:
+    """A local tensor without dimensions goes along, as torch lets it with CUDA."""
     if tensor.dim() > 0:
-        where = session.location.id
-        raise PlaceError(
-            f"{rule.name} was given a tensor at '{where}' and a local one of shape {tuple(tensor.shape)}. "
-            f"Send the local one there with .send({where}), or bring the other home with .get()"
-        )
+        raise _LocalTensor
     slot, type_ = session.put(tensor)
     key.append(spec(type_))
     held.append(slot)
     return slot.ref
+
+
+# Parameters that hold positions or torch's own draws, not data: torch makes them here, in Python, or lets them
+# be on the CPU beside a CUDA tensor (`x[[0, 2]]`).
+_POSITIONS = frozenset(("indices", "offsets", "random_samples"))
+
+
+def _adopt(cls: type, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """The arguments with such local tensors sent along as may be; a `PlaceError` for any other.
+
+    NOTE [Tensors that torch makes]
+    Composite operators (`quantile`, causal attention) make constants where `device` says, and for a pointer that
+    is here. Such a tensor is known by being known to nobody: its Python object was made for this very call, so
+    only the argument tuple refers to it, and to its base if it is a view. A tensor of the caller's, even one
+    that was never given a name, is on some Python stack as well.
+    """
+    session = _session_of(cls, rule, args, kwargs)
+    params = [param.name for param in rule.operator.params]
+
+    def adopted(holder: Any, at: Any, name: str) -> Any:
+        item = holder[at]
+        if isinstance(item, list | tuple):
+            return [adopted(item, index, name) for index in range(len(item))]
+        if not isinstance(item, torch.Tensor) or type(item) is cls or item.dim() == 0:
+            return item
+        del item
+        if name in _POSITIONS or _unheld(holder, at):
+            slot, type_ = session.put(holder[at])
+            return point(cls, slot, spec(type_))
+        where = session.location.id
+        raise PlaceError(
+            f"{rule.name} was given a tensor at '{where}' and a local one of shape {tuple(holder[at].shape)}. "
+            f"Send the local one there with .send({where}), or bring the other home with .get()"
+        )
+
+    return (
+        tuple([adopted(args, index, params[index]) for index in range(len(args))]),
+        {name: adopted(kwargs, name, name) for name in kwargs},
+    )
+
+
+def _unheld(holder: Any, at: Any) -> bool:
+    """Whether nothing but `holder` refers to the Python object at `at`, nor to that of its base. Counted are
+    getrefcount's own argument, torch's tensor (which keeps its Python object), and the holder."""
+    if sys.getrefcount(holder[at]) > 3:
+        return False
+    return not holder[at]._is_view() or sys.getrefcount(holder[at]._base) <= 2
 
 
 _SYMBOLS = {
@@ -268,24 +325,23 @@ def _returned(rule: _Rule, results: list[Any]) -> Any:
 def _issue_untyped(cls: type, rule: _Rule, session: Session, call: Call, args: Any, kwargs: dict[str, Any]) -> Any:
     """Queue a call whose results only the worker can type, and ask it: one round trip."""
     fresh = [item for item in rule.operator.returns if not item.same_as]
-    if any(item.many for item in fresh):
-        session.wait()
-        session.issue(Call(call.op, call.args, call.kwargs, (HOLE,)))
-        session.wait()
-        raise UnknownOperator(f"{rule.name} gives a list whose length cannot be known here; use the single operators")
-    slots = [Slot(session) for _ in fresh]
-    session.issue(Call(call.op, call.args, call.kwargs, tuple(slot.id for slot in slots)))
-    types = session.describe(slots)
-    found = iter(zip(slots, fresh, types, strict=True))
+    slots = [[Slot(session) for _ in range(_LONGEST if item.many else 1)] for item in fresh]
+    session.issue(Call(call.op, call.args, call.kwargs, tuple(slot.id for group in slots for slot in group)))
+    types = iter(session.describe([slot for group in slots for slot in group]))
+    groups = iter(zip(fresh, slots, strict=True))
     results = []
     for item in rule.operator.returns:
         if item.same_as:
             results.append(_same(rule, item, args, kwargs))
             continue
-        slot, expected, type_ = next(found)
-        pointer = None if type_ is None else point(cls, slot, spec(type_))
-        is_value = expected.kind != "Tensor" and pointer is not None
-        results.append(_item(slot) if is_value else pointer)
+        expected, group = next(groups)
+        found = [None if type_ is None else point(cls, slot, spec(type_)) for slot, type_ in zip(group, types)]  # noqa: B905  # each group takes its own share
+        if expected.many:
+            results.append([pointer for pointer in found if pointer is not None])
+        elif expected.kind != "Tensor" and found[0] is not None:
+            results.append(_item(group[0]))
+        else:
+            results.append(found[0])
     return _returned(rule, results)
 
 
@@ -324,7 +380,7 @@ def _zeros(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _reshape(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
     base, _, which = rule.name.partition(".")
-    plain = getattr(getattr(torch.ops.aten, base.removesuffix("_")), which)
+    plain = getattr(getattr(torch.ops.aten, base.removesuffix("_")), "int" if base == "transpose_" else which)
     pointer = args[0]
     result = dispatch(cls, plain, args, kwargs)
     with _disable_current_modes(), torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]  # untyped

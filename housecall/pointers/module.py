@@ -6,11 +6,15 @@ what it holds is exchanged (`torch._C._swap_tensor_impl`, of which `torch.utils.
 form). Unlike that form we allow weak references, since `nn.RNN` and kin keep some to their own weights and these
 stay right: the object they refer to is the one that stays. A graph that was built before the swap keeps the
 old value; running it backward afterwards would collect gradients that nobody reads, so it raises instead.
+
+NOTE [First states]
+`nn.LSTM` and kin make their first hidden state, zeros, where the input's `device` says; for a pointer that is
+here. So while such a module is away a forward pre-hook of its own gives it zeros at the worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -37,6 +41,9 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
     site = caller()
     for tensor in tensors:
         _exchange(tensor, sent(session, tensor, site))
+    for part in module.modules():
+        if isinstance(part, nn.RNNBase | nn.RNNCellBase):
+            part.register_forward_pre_hook(_with_first_state)
     return module
 
 
@@ -47,6 +54,10 @@ def get_module(module: nn.Module) -> nn.Module:
         raise UsageError("this module is at home already: .send(worker) it first")
     for session in sessions_of(pointers):
         _bring_home(session, [pointer for pointer in pointers if pointer._slot.session is session])
+    for part in module.modules():
+        for key, hook in list(part._forward_pre_hooks.items()):
+            if hook is _with_first_state:
+                del part._forward_pre_hooks[key]
     return module
 
 
@@ -85,7 +96,7 @@ def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
         raise UsageError("a parameter with hooks cannot travel, they would not run at the worker: remove them first")
     arriving = isinstance(other, PointerTensor)
     away, home = (other, tensor) if arriving else (tensor, other)
-    kind = type(home) if arriving else tensor.__dict__.pop("_home_class")
+    kind = type(home) if arriving else tensor.__dict__.pop("_home_class", _plain_class(tensor))
     slot, given = away._slot, away._spec  # type: ignore[attr-defined]  # `away` is the pointer of the two
     if arriving:
         tensor.__dict__["_home_class"] = kind
@@ -103,6 +114,11 @@ def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
         other.register_hook(_stale)
 
 
+def _plain_class(pointer: torch.Tensor) -> type[torch.Tensor]:
+    """What a pointer that never was at home (a deep copy made at the worker) becomes there."""
+    return nn.Parameter if getattr(pointer, "_is_param", False) else torch.Tensor
+
+
 def _stale(grad: Any) -> NoReturn:
     raise UsageError(
         "backward through a module that has moved since its forward: call loss.backward() "
@@ -110,7 +126,18 @@ def _stale(grad: Any) -> NoReturn:
     )
 
 
-def check_home(tensors: Iterable[torch.Tensor], what: str) -> None:
-    """Raise `UsageError` if any of the tensors is at a worker."""
-    for session in sessions_of(tensors):
-        raise UsageError(f"{what} is at '{session.location.id}': bring it home first, with .get()")
+def _with_first_state(part: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The arguments of a recurrent module with zeros for a state that was not given: NOTE [First states]."""
+    if len(args) != 1 or not isinstance(args[0], PointerTensor):
+        return None
+    x = args[0]
+    if isinstance(part, nn.RNNCellBase):
+        batch = x.shape[:-1]
+        state = x.new_zeros((*batch, part.hidden_size))
+        return (x, (state, x.new_zeros((*batch, part.hidden_size)))) if isinstance(part, nn.LSTMCell) else (x, state)
+    batch = x.shape[:-2] if x.dim() == 2 else (x.shape[0 if part.batch_first else 1],)
+    layers = part.num_layers * (2 if part.bidirectional else 1)
+    hidden = x.new_zeros((layers, *batch, part.proj_size or part.hidden_size))
+    if isinstance(part, nn.LSTM):
+        return x, (hidden, x.new_zeros((layers, *batch, part.hidden_size)))
+    return x, hidden

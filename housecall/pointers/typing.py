@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..program.run import computing
 from ..program.ops import Operator, Return
 from ..program.typing import DTYPES, meta, type_of
 from ..types import TensorType
@@ -61,7 +62,7 @@ def infer(rules: Operator, function: Any, args: Any, kwargs: Any) -> Outcome:
     if rules.dynamic:
         return UNTYPED
     try:
-        with torch.no_grad():
+        with computing():
             result = function(*args, **kwargs)
     except Exception:  # whatever meta tensors cannot do, the worker is asked
         return UNTYPED

@@ -22,7 +22,7 @@ from .check import check
 from .ops import Return, operator
 from .typing import meta, symbol, type_of
 
-__all__ = ["Randomness", "execute", "overload", "run", "type_program"]
+__all__ = ["Randomness", "computing", "execute", "overload", "run", "type_program"]
 
 Values = MutableMapping[int, Any]
 
@@ -68,6 +68,35 @@ class Randomness:
             finally:
                 self._state = default.get_state()
                 default.set_state(before)
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Within: torch computes values and builds no graph, wherever this is called from.
+
+    NOTE [Where a frame runs]
+    A frame may run while its caller stands inside torch (`.item()` in the middle of an operator). There torch has
+    switched keys off for this thread, among them the one that makes operators honour the conjugate bit, and a
+    complex result would be silently wrong. So the keys are set, not inherited. Gradient mode is on, as it is inside
+    a kernel of a local forward: some kernels (oneDNN's LSTM) keep for the backward only then what it needs.
+    """
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(*_keys()):  # type: ignore[attr-defined]  # untyped
+        yield
+
+
+@functools.cache
+def _keys() -> tuple[Any, Any]:
+    """What torch includes and excludes below autograd, as a thread finds it that has done nothing else."""
+    found: list[Any] = []
+
+    def look() -> None:
+        with torch._C._AutoDispatchBelowAutograd():
+            found.extend((torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return found[0], found[1]
 
 
 _PLAIN = frozenset((int, float, bool, type(None), str))
@@ -143,9 +172,10 @@ def _bind(outs: tuple[int, ...], returns: tuple[Return, ...], result: Any, value
     for item, value in zip(returns, results, strict=True):
         if not item.same_as:
             fresh.extend(value if item.many else (value,))
-    if len(fresh) != len(outs):
+    longer = returns[-1].many  # of a list whose length the caller did not know, the ids left over stay unbound
+    if len(fresh) > len(outs) or (len(fresh) < len(outs) and not longer):
         raise ProgramError(f"{len(outs)} outputs bound, {len(fresh)} came")
-    for out, value in zip(outs, fresh, strict=True):
+    for out, value in zip(outs, fresh, strict=False):
         if out != HOLE and value is not None:
             # A truth or a number that depends on elements (`equal`) is kept as a tensor without dimensions.
             values[out] = value if isinstance(value, torch.Tensor) else torch.tensor(value)

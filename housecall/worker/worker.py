@@ -11,7 +11,7 @@ import threading
 import torch
 
 from ..program.call import HOLE, Call
-from ..program.run import Randomness, execute
+from ..program.run import Randomness, computing, execute
 from ..program.typing import type_of
 from ..types import TensorType
 from ..wire.messages import (
@@ -80,8 +80,7 @@ class WorkerSession:
         results: list[Result] = []
         failures: list[Failure] = []
         store, randomness = self.store, self.randomness
-        # Below autograd: nothing is recorded, no version is counted, no time is lost on it.
-        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        with computing():
             for index, message in enumerate(frame.messages):
                 kind = type(message)
                 try:
