@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .datasets import MNIST as MNIST
+    from . import datasets as datasets
+    from .datasets import MNIST as MNIST, transforms as transforms
     from .errors import (
         CodecError as CodecError,
         DataError as DataError,
@@ -53,14 +54,19 @@ _HOME = {
     "send": "pointers.tensor",
 }
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+# For `from housecall import datasets, transforms`, as scripts have it from torchvision.
+_MODULES = {"datasets": "datasets", "transforms": "datasets.transforms"}
+
+__all__ = sorted((*_HOME, *_MODULES))  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'housecall' has no attribute '{name}'; the public names are {', '.join(__all__)}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f".{_MODULES[name]}", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module 'housecall' has no attribute '{name}'; the public names are {', '.join(__all__)}")
     value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .errors import UsageError
+from .pointers.location import Location
 from .pointers.session import Session
 from .transport.memory import MemoryTransport
 from .worker.worker import Worker
@@ -14,7 +15,7 @@ from .worker.worker import Worker
 __all__ = ["VirtualWorker"]
 
 
-class VirtualWorker:
+class VirtualWorker(Location):
     """A worker in this process, for simulation, teaching and tests.
 
     `hook` is accepted for the classic signature. `synchronous=True` runs every call at once, so that an error
@@ -26,10 +27,10 @@ class VirtualWorker:
     ) -> None:
         if not isinstance(id, str) or not id:
             raise UsageError(f"a worker's id is a name such as 'clinic', found {id!r}")
-        self.id = id
         self.worker = Worker(id)
         self._door = self.worker.open("me")
-        self.session = Session(MemoryTransport(self._door, name=id, codec=codec), self, synchronous=synchronous)
+        transport = MemoryTransport(self._door, name=id, codec=codec)
+        super().__init__(id, Session(transport, self, synchronous=synchronous))
 
     @property
     def _objects(self) -> dict[int, torch.Tensor]:

@@ -129,6 +129,8 @@ class Session:
         self.outbox: deque[tuple[Message, Site | None]] = deque()
         self.frames = 0
         self.waits = 0
+        self.bytes_sent = 0  # elements of tensors, either way; the calls themselves are small
+        self.bytes_fetched = 0
         self.generator: torch.Tensor | None = None
         self._sites: dict[int, list[Site | None]] = {}
         self._failed: dict[tuple[int, int], Site | None] = {}
@@ -179,6 +181,7 @@ class Session:
                 sites.append(site)
             if messages:
                 _forget_unused(messages)
+                self.bytes_sent += sum(message.value.data.nbytes for message in messages if type(message) is Put)
                 self.frames += 1
                 self._sites[self.frames] = sites
                 self.transport.send(Frame(self.frames, tuple(messages)))
@@ -228,7 +231,9 @@ class Session:
         for item in arrays:
             if isinstance(item, Failure):
                 raise self.error(item)
-        return [item.data for item in arrays if isinstance(item, Array)]
+        values = [item.data for item in arrays if isinstance(item, Array)]
+        self.bytes_fetched += sum(value.nbytes for value in values)
+        return values
 
     def describe(self, slots: Iterable[Slot]) -> list[Any]:
         """The types of these slots, `None` for a hole. Raises `OperatorError` for the first that failed."""

@@ -110,6 +110,14 @@ class PointerTensor(torch.Tensor):
         what = "it is there already" if here == there else f"to take it on, call .move({there})"
         raise UsageError(f"this tensor lives at '{here}' and was to be sent to '{there}': {what}")
 
+    def tag(self, *tags: str) -> PointerTensor:
+        """Tag the value ("#dna"), so that its worker's `search` finds it. Returns this pointer."""
+        return self.location.tag(self, *tags)  # type: ignore[no-any-return]  # a Location returns the pointer
+
+    def describe(self, description: str) -> PointerTensor:
+        """Describe the value in words. Returns this pointer."""
+        return self.location.describe(self, description)  # type: ignore[no-any-return]  # as above
+
     # -- the rest of what torch.Tensor does by touching memory --------------------------------------------
 
     @property

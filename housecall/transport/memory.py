@@ -6,14 +6,17 @@ to it. So the caller's own thread runs the frames of the worker she waits for. O
 have work does a thread start for each of the others (`start`): there large operators, which leave the lock,
 overlap. A caller who issues and never waits pays for one frame each time `BACKLOG` of them are queued.
 
-While several workers run, each takes its share of the intra-op threads; a worker alone has all of them.
+A thread so started takes half of the intra-op threads, since it runs beside others.
 """
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 import torch
 
@@ -61,7 +64,8 @@ class MemoryTransport:
         if not self._owed:
             raise WorkerGone(f"worker '{self._name}' owes no reply")
         while not self._replies:
-            self._run_one()
+            if not self._run_one() and not self._replies:
+                raise WorkerGone(f"worker '{self._name}' lost a frame; its state is unknown. Make a new worker")
         self._owed -= 1
         return self._replies.popleft()
 
@@ -79,13 +83,32 @@ class MemoryTransport:
                 frame = self._frames.popleft()
             except IndexError:
                 return False
-            self._replies.append(self._handle(frame))
+            with _whole():
+                self._replies.append(self._handle(frame))
             return True
 
     def _run_all(self) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // 2))
         while self._run_one():
             pass
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Within: Ctrl-C waits. A frame that is cut in the middle would leave the worker in no known state; a frame
+    that has ended leaves all values where the program says."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    noted: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if noted:
+        before(*noted[-1])
 
 
 def through_codec(handle: Callable[[Frame], Reply]) -> Callable[[Frame], Reply]:

@@ -45,8 +45,9 @@ class Store(dict[int, Any]):
 
     def search(self, tags: tuple[str, ...], types: Any) -> tuple[Info, ...]:
         """The tagged slots that carry all of `tags`, in order of tagging; `types(value)` gives their types."""
+        self.tags = {ref: tag for ref, tag in self.tags.items() if ref in self}
         return tuple(
             Info(ref, types(self[ref]), tag.tags, tag.description)
             for ref, tag in self.tags.items()
-            if ref in self and set(tags) <= set(tag.tags) and isinstance(self[ref], torch.Tensor)
+            if set(tags) <= set(tag.tags) and isinstance(self[ref], torch.Tensor)
         )

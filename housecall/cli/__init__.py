@@ -1,0 +1,1 @@
+"""The command line: one command a file. Torch is imported by the command that needs it, not by `--help`."""

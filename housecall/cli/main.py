@@ -1,0 +1,34 @@
+"""`housecall`: the commands by name, and errors as a person wants to read them."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from .. import __version__
+from ..errors import HousecallError
+from .demo import demo
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Train PyTorch models on data that stays with its owners.", no_args_is_help=True, add_completion=False
+)
+app.command()(demo)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command that the arguments name; an error of ours is one message, not a traceback."""
+    try:
+        app()
+    except HousecallError as error:
+        typer.secho(f"housecall: {error}", err=True, fg="red")
+        sys.exit(1)
