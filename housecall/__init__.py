@@ -9,24 +9,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import datasets as datasets
-    from .datasets import MNIST as MNIST, transforms as transforms
+    from .datasets import MNIST as MNIST
+    from .datasets import transforms as transforms
     from .errors import (
         CodecError as CodecError,
+    )
+    from .errors import (
         DataError as DataError,
+    )
+    from .errors import (
         HousecallError as HousecallError,
+    )
+    from .errors import (
         OperatorError as OperatorError,
+    )
+    from .errors import (
         PlaceError as PlaceError,
+    )
+    from .errors import (
         ProgramError as ProgramError,
+    )
+    from .errors import (
         ProtocolError as ProtocolError,
+    )
+    from .errors import (
         SpentPointerError as SpentPointerError,
+    )
+    from .errors import (
         UnknownOperator as UnknownOperator,
+    )
+    from .errors import (
         UsageError as UsageError,
+    )
+    from .errors import (
         WorkerGone as WorkerGone,
     )
-    from .pointers.data import FederatedDataLoader as FederatedDataLoader, FederatedDataset as FederatedDataset
+    from .pointers.data import FederatedDataLoader as FederatedDataLoader
+    from .pointers.data import FederatedDataset as FederatedDataset
     from .pointers.hook import TorchHook as TorchHook
-    from .pointers.tensor import PointerTensor as PointerTensor, send as send
-    from .program.call import Call as Call, Program as Program
+    from .pointers.tensor import PointerTensor as PointerTensor
+    from .pointers.tensor import send as send
+    from .program.call import Call as Call
+    from .program.call import Program as Program
     from .virtual import VirtualWorker as VirtualWorker
 
 __version__ = "0.1.0"

@@ -22,9 +22,7 @@ class VirtualWorker(Location):
     stands at the line that makes it; `codec=True` puts every message through bytes, as on a wire.
     """
 
-    def __init__(
-        self, hook: Any = None, id: str = "worker", *, synchronous: bool = False, codec: bool = False
-    ) -> None:
+    def __init__(self, hook: Any = None, id: str = "worker", *, synchronous: bool = False, codec: bool = False) -> None:
         if not isinstance(id, str) or not id:
             raise UsageError(f"a worker's id is a name such as 'clinic', found {id!r}")
         self.worker = Worker(id)

@@ -25,12 +25,14 @@ REFUSED = re.compile(
     | backward | _backward | retain_grad | requires_grad_ | _version | output_nr | is_leaf | retains_grad
     | _fw_primal\w* | _make_dual\w* | _unpack_dual | _has_\w+ | detach_ | _reshape_alias\w*
     | rename\w* | refine_names | align_\w+ | .*names | to_here | confirmed_by_owner | owner\w* | _validate_\w+
-    | .*sparse\w* | .*quantize\w* | q_\w+ | _make_per_\w+ | \w*_?quantized\w* | fake_quantize\w* | _fake_quantize\w*
-    | .*nested\w* | _jagged\w* | _padded_dense\w* | .*mkldnn_(?!rnn)\w* | .*_to_mkldnn\w* | to_dense\w* | _to_dense\w*
-    | _coalesce\w* | coalesce | is_coalesced | _indices\w* | _values\w* | indices\w* | values\w* | c(row|col)_indices\w* | row_indices\w*
-    | col_indices\w* | sspaddmm\w* | hspmm\w* | _spdiags\w* | to_padded\w* | _spsolve | _dimI | _dimV | dense_dim | _nnz
+    | .*sparse\w* | .*quantize\w* | q_\w+ | _make_per_\w+ | \w*_?quantized\w*
+    | fake_quantize\w* | _fake_quantize\w*
+    | .*nested\w* | _jagged\w* | _padded_dense\w* | .*mkldnn_(?!rnn)\w* | to_dense\w* | _to_dense\w*
+    | _coalesce\w* | coalesce | is_coalesced | _indices\w* | _values\w* | indices\w* | values\w*
+    | c?(row|col)_indices\w* | ccol_indices\w* | sspaddmm\w* | hspmm\w* | _spdiags\w* | to_padded\w* | _spsolve | _dimI | _dimV | dense_dim | _nnz
     | _foobar | _cufft\w* | _lazy_clone | _amp\w* | _dirichlet\w* | _mixed_dtypes\w* | is_distributed | _propagate\w*
-    | \w*to_mkldnn | smm | _copy_from\w* | _(add|remove)_batch_dim | _make_dep_token | get_device | vulkan\w* | is_vulkan\w* | _convert_weight\w* | _weight_int\w* | _scaled_grouped\w*
+    | \w*to_mkldnn | smm | _copy_from\w* | _(add|remove)_batch_dim | _make_dep_token | get_device
+    | vulkan\w* | is_vulkan\w* | _convert_weight\w* | _weight_int\w* | _scaled_grouped\w*
     )$""",
     re.X,
 )

@@ -145,7 +145,7 @@ def _deal(
 
 def _train(result: Run, federated: FederatedDataset, test_set: tuple[torch.Tensor, torch.Tensor], show: Show) -> None:
     """The article's loop. However it ends, the model comes home and the best one is kept."""
-    model = Net()
+    model: Any = Net()
     try:
         _epochs(result, model, federated, test_set, show)
     except KeyboardInterrupt:
@@ -175,7 +175,7 @@ def _epochs(
             show.update(place=here.id)
             model.send(data.location)
             optimizer.zero_grad()
-            loss = F.nll_loss(model(data), target)
+            loss: Any = F.nll_loss(model(data), target)
             loss.backward()
             optimizer.step()
             model.get()
@@ -192,7 +192,7 @@ def _epochs(
 @torch.no_grad()
 def _test(
     result: Run,
-    model: nn.Module,
+    model: Any,
     test_set: tuple[torch.Tensor, torch.Tensor],
     epoch: int,
     place: str,
@@ -264,14 +264,15 @@ def _closing(result: Run, folder: Path) -> str:
     held = " and ".join(f"{count:,} images at {name}" for name, count in result.schools.items())
     millions = 1e6
     visits = max(result.visits, 1)
+    placed = result.data_bytes / millions
     out, back = result.model_bytes_sent / visits / millions, result.model_bytes_fetched / visits / millions
     early = "Stopped early; the best model so far is kept.\n" if result.interrupted else ""
     return (
         f"\n{early}[bold]Test accuracy {result.accuracy:.2%}[/] after {result.train_seconds:.0f} s of training.\n\n"
         f"What each school held   {held}.\n"
-        f"What travelled          the model: {result.visits:,} visits, {out:.1f} MB there and {back:.1f} MB back each\n"
+        f"What travelled          the model, {result.visits:,} visits: {out:.1f} MB there, {back:.1f} MB back each\n"
         f"                        (parameters and gradients), and {len(result.losses):,} loss values.\n"
-        f"What did not            images and labels. {result.data_bytes / millions:.0f} MB were placed at the schools beforehand,\n"
+        f"What did not            images and labels. {placed:.0f} MB were placed at the schools beforehand,\n"
         "                        in place of what real schools hold already.\n"
         "What this does not show the schools see the model, gradients tell of the images, and both schools are in\n"
         "                        this process and are asked for nothing.\n\n"

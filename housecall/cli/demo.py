@@ -27,7 +27,8 @@ def demo(
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
     seed: Annotated[int, typer.Option(help="Seeds the model and the order of the images.")] = 0,
     owners: Annotated[
-        bool, typer.Option("--owners", help="Split by who wrote the digits: students to one school, clerks to the other.")
+        bool,
+        typer.Option("--owners", help="Split by who wrote the digits: students to one school, clerks to the other."),
     ] = False,
     article: Annotated[
         bool, typer.Option("--article", help="The article's own settings: lr 0.01, no momentum, 10 epochs.")

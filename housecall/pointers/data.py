@@ -7,6 +7,7 @@ for each column, all of them pointer operations: nothing waits, and no record tr
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ class Part:
     def __init__(self, location: Any, columns: list[PointerTensor], structure: Any) -> None:
         lengths = {len(column) for column in columns}
         if len(lengths) != 1:
-            raise DataError(f"the columns at '{location.id}' have {sorted(lengths)} records; they must have as many each")
+            raise DataError(
+                f"the columns at '{location.id}' have {sorted(lengths)} records; they must have as many each"
+            )
         self.location = location
         self.columns = columns
         self.structure = structure
@@ -86,7 +89,9 @@ class FederatedDataLoader:
         generator: torch.Generator | None = None,
     ) -> None:
         if not isinstance(dataset, FederatedDataset):
-            hint = "call .federate((a, b)) on it first" if isinstance(dataset, Dataset) else "expected a FederatedDataset"
+            hint = (
+                "call .federate((a, b)) on it first" if isinstance(dataset, Dataset) else "expected a FederatedDataset"
+            )
             raise UsageError(f"FederatedDataLoader was given a {type(dataset).__name__}: {hint}")
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UsageError(f"batch_size is a whole number of at least 1, found {batch_size!r}")
@@ -155,14 +160,16 @@ def federate(
     if len(set(map(id, workers))) != len(workers):
         raise UsageError("a worker is named twice; give each its own part once")
     _check(len(dataset), [worker.id for worker in workers], chosen)  # type: ignore[arg-type]  # as above
-    return FederatedDataset([_send_part(dataset, session, part) for session, part in zip(sessions, chosen, strict=True)])
+    return FederatedDataset(
+        [_send_part(dataset, session, part) for session, part in zip(sessions, chosen, strict=True)]
+    )
 
 
 def _split(records: int, parts: int) -> list[range]:
     if parts < 1:
         raise UsageError("federate needs at least one worker: dataset.federate((a, b))")
     bounds = [records * n // parts for n in range(parts + 1)]
-    return [range(start, end) for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [range(start, end) for start, end in pairwise(bounds)]
 
 
 def _check(records: int, names: list[str], chosen: Sequence[Sequence[int]]) -> None:

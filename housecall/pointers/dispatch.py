@@ -23,14 +23,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import PlaceError, UnknownOperator, UsageError
 from ..program.call import HOLE, Arg, Call, Complex, Items, Symbol
-from ..program.ops import Operator, Return, operator
+from ..program.ops import Return, operator
+from ..program.typing import meta
 from .session import Session, Slot
 from .typing import UNTYPED, Outcome, Spec, infer, spec, stand_in
-from ..program.typing import meta
 
 __all__ = ["dispatch", "point"]
 
-_make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # torch's own factory, untyped
+_make: Any = torch.Tensor._make_wrapper_subclass
 _KINDLESS = frozenset((bool, type(None), str))
 _TABLE_LIMIT = 1 << 16
 _LONGEST = 64  # of a list whose length only the worker knows
@@ -39,7 +39,7 @@ _outcomes: dict[tuple[Any, ...], Outcome] = {}
 _rules: dict[Any, _Rule] = {}
 
 
-def dispatch(cls: type, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def dispatch(cls: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do one operation on pointers of class `cls`; called by torch, below autograd."""
     try:
         rule = _rules[func]
@@ -75,7 +75,7 @@ class _Rule:
         self.by_kind = tuple(not p.many and p.kind in ("float", "Scalar") for p in self.operator.params)
 
 
-def issue(cls: type, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def issue(cls: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Queue one call and return pointers to its results."""
     try:
         return _issue(cls, rule, args, kwargs)
@@ -84,7 +84,7 @@ def issue(cls: type, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any])
     return _issue(cls, rule, *_adopt(cls, rule, args, kwargs))
 
 
-def _issue(cls: type, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _issue(cls: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     session: Session | None = None
     key: list[Any] = [rule.function]
     sent: list[Arg] = []
@@ -133,7 +133,7 @@ def _issue(cls: type, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]
     return _returned(rule, results)
 
 
-def point(cls: type, slot: Slot, given: Spec) -> Any:
+def point(cls: Any, slot: Slot, given: Spec) -> Any:
     """A new pointer to a slot."""
     pointer = _make(cls, given.size, given.stride, given.offset, None, given.dtype, torch.strided, given.device)
     pointer._slot = slot
@@ -157,7 +157,7 @@ def _one_place(rule: _Rule, first: Session | None, other: Session) -> Session:
     return other
 
 
-def _session_of(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Session:
+def _session_of(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Session:
     """The one session that the pointers among the arguments belong to."""
     session: Session | None = None
     for arg in (*args, *kwargs.values()):
@@ -169,7 +169,9 @@ def _session_of(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Se
     return session
 
 
-def _argument(cls: type, rule: _Rule, arg: Any, key: list[Any], held: list[Slot], session: Session, by_kind: bool = False) -> Arg:
+def _argument(
+    cls: Any, rule: _Rule, arg: Any, key: list[Any], held: list[Slot], session: Session, by_kind: bool = False
+) -> Arg:
     """One argument as a call holds it; what types its result is appended to `key`, what must live to `held`."""
     kind = type(arg)
     if kind is cls:
@@ -194,7 +196,7 @@ def _argument(cls: type, rule: _Rule, arg: Any, key: list[Any], held: list[Slot]
     return _symbol(rule, arg, key)
 
 
-class _LocalTensor(Exception):  # noqa: N818  # not an error yet: `issue` decides
+class _LocalTensor(Exception):  # not an error yet: `issue` decides
     """A local tensor with dimensions stands among the arguments."""
 
 
@@ -213,7 +215,7 @@ def _local(tensor: torch.Tensor, key: list[Any], held: list[Slot], session: Sess
 _POSITIONS = frozenset(("indices", "offsets", "random_samples"))
 
 
-def _adopt(cls: type, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+def _adopt(cls: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
     """The arguments with such local tensors sent along as may be; a `PlaceError` for any other.
 
     NOTE [Tensors that torch makes]
@@ -273,7 +275,7 @@ def _symbol(rule: _Rule, arg: Any, key: list[Any]) -> Arg:
 # -- results ----------------------------------------------------------------------------------------------
 
 
-def _typed(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Outcome:
+def _typed(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Outcome:
     if len(_outcomes) >= _TABLE_LIMIT:
         _outcomes.clear()
     stands = [_as_meta(cls, arg, rule.writes) for arg in args]
@@ -281,7 +283,7 @@ def _typed(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Outcome
     return infer(rule.operator, rule.function, stands, named)
 
 
-def _as_meta(cls: type, arg: Any, fresh: bool) -> Any:
+def _as_meta(cls: Any, arg: Any, fresh: bool) -> Any:
     if type(arg) is cls:
         return meta(arg._spec.type) if fresh else stand_in(arg._spec)
     if isinstance(arg, torch.Tensor):
@@ -294,7 +296,7 @@ def _as_meta(cls: type, arg: Any, fresh: bool) -> Any:
 
 
 def _result(
-    cls: type, rule: _Rule, session: Session, item: Any, outs: list[int], args: Any, kwargs: dict[str, Any]
+    cls: Any, rule: _Rule, session: Session, item: Any, outs: list[int], args: Any, kwargs: dict[str, Any]
 ) -> Any:
     """The result that the caller gets for one expected item; the ids it binds are appended to `outs`."""
     if isinstance(item, Spec):
@@ -322,7 +324,7 @@ def _returned(rule: _Rule, results: list[Any]) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _issue_untyped(cls: type, rule: _Rule, session: Session, call: Call, args: Any, kwargs: dict[str, Any]) -> Any:
+def _issue_untyped(cls: Any, rule: _Rule, session: Session, call: Call, args: Any, kwargs: dict[str, Any]) -> Any:
     """Queue a call whose results only the worker can type, and ask it: one round trip."""
     fresh = [item for item in rule.operator.returns if not item.same_as]
     slots = [[Slot(session) for _ in range(_LONGEST if item.many else 1)] for item in fresh]
@@ -352,18 +354,18 @@ def _item(slot: Slot) -> Any:
 # -- operators that are not sent as they come: see the NOTE -----------------------------------------------
 
 
-def _share(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
+def _share(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
     pointer = args[0]
     _ = pointer._slot.session
     return point(cls, pointer._slot, pointer._spec)
 
 
-def _scalar(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
+def _scalar(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
     _ = args[0]._slot.session
     return _item(args[0]._slot)
 
 
-def _zeros(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
+def _zeros(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory" or value}
     aten = torch.ops.aten
     match rule.function:
@@ -378,18 +380,18 @@ def _zeros(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
             return dispatch(cls, aten.as_strided.default, (flat, size, stride), {})
 
 
-def _reshape(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
+def _reshape(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
     base, _, which = rule.name.partition(".")
     plain = getattr(getattr(torch.ops.aten, base.removesuffix("_")), "int" if base == "transpose_" else which)
     pointer = args[0]
     result = dispatch(cls, plain, args, kwargs)
-    with _disable_current_modes(), torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]  # untyped
+    with _disable_current_modes(), torch._C._DisableTorchDispatch():
         rule.function(*args, **kwargs)  # the shape of the wrapper itself
     pointer._slot, pointer._spec = result._slot, result._spec
     return pointer
 
 
-def _copy(cls: type, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
+def _copy(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
     target, source, *rest = args
     if type(target) is not cls:
         where = source.location.id

@@ -1,8 +1,8 @@
 """TorchHook: gives torch's classes the methods that the article uses. It adds, never overrides, and can be undone.
 
-    Tensor.send(worker)   Tensor.get()
-    Module.send(worker)   Module.get()         Module.location
-    Dataset.federate((a, b))
+Tensor.send(worker)   Tensor.get()
+Module.send(worker)   Module.get()         Module.location
+Dataset.federate((a, b))
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class TorchHook:
 def _add() -> None:
     for owner, name, _ in _ADDED:
         if hasattr(owner, name):
-            raise UsageError(f"{owner.__name__}.{name} exists already, from torch or another package; remove that first")
+            raise UsageError(
+                f"{owner.__name__}.{name} exists already, from torch or another package; remove that first"
+            )
     for owner, name, method in _ADDED:
         setattr(owner, name, method)
     TorchHook._steps = register_optimizer_step_pre_hook(follow)

@@ -68,7 +68,9 @@ class Location:
     def _known(self, pointer: PointerTensor) -> Tag:
         if pointer.location is not self:
             raise UsageError(f"this tensor is at '{pointer.location.id}', not at '{self.id}'")
-        return self._tags.get(pointer._slot.id, Tag(pointer._slot.id, (), ""))
+        ref: int = pointer._slot.id
+        known = self._tags.get(ref)
+        return known if known is not None else Tag(ref, (), "")
 
     def _tell(self, pointer: PointerTensor, tag: Tag) -> PointerTensor:
         self._tagged[tag.id] = pointer._slot
@@ -76,4 +78,3 @@ class Location:
         self._tags[tag.id] = tag
         self.session.tell(tag)
         return pointer
-

@@ -100,7 +100,7 @@ def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
     slot, given = away._slot, away._spec  # type: ignore[attr-defined]  # `away` is the pointer of the two
     if arriving:
         tensor.__dict__["_home_class"] = kind
-        tensor._is_param = isinstance(tensor, nn.Parameter)  # type: ignore[attr-defined]  # torch's own mark
+        tensor._is_param = isinstance(tensor, nn.Parameter)
     tensor.__class__, other.__class__ = (PointerTensor, kind) if arriving else (kind, PointerTensor)
     torch._C._swap_tensor_impl(tensor, other)
     if arriving:
@@ -110,8 +110,13 @@ def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
         for name in ("_slot", "_spec", "_is_param", "_id"):
             tensor.__dict__.pop(name, None)
         other._slot, other._spec = slot, given  # type: ignore[attr-defined]  # it holds the pointer now
-    if other._use_count() > 1 and other.requires_grad and other.is_leaf:
+    if _shared(other) and other.requires_grad and other.is_leaf:
         other.register_hook(_stale)
+
+
+def _shared(tensor: Any) -> bool:
+    """Whether a graph still holds what this tensor object holds."""
+    return bool(tensor._use_count() > 1)
 
 
 def _plain_class(pointer: torch.Tensor) -> type[torch.Tensor]:
@@ -135,9 +140,9 @@ def _with_first_state(part: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | Non
         batch = x.shape[:-1]
         state = x.new_zeros((*batch, part.hidden_size))
         return (x, (state, x.new_zeros((*batch, part.hidden_size)))) if isinstance(part, nn.LSTMCell) else (x, state)
-    batch = x.shape[:-2] if x.dim() == 2 else (x.shape[0 if part.batch_first else 1],)
+    sizes = () if x.dim() == 2 else (x.shape[0 if part.batch_first else 1],)
     layers = part.num_layers * (2 if part.bidirectional else 1)
-    hidden = x.new_zeros((layers, *batch, part.proj_size or part.hidden_size))
+    hidden = x.new_zeros((layers, *sizes, part.proj_size or part.hidden_size))
     if isinstance(part, nn.LSTM):
-        return x, (hidden, x.new_zeros((layers, *batch, part.hidden_size)))
+        return x, (hidden, x.new_zeros((layers, *sizes, part.hidden_size)))
     return x, hidden

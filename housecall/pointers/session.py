@@ -26,7 +26,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -117,7 +117,7 @@ class Session:
     """One principal's stream to one worker. `location` is the worker as the caller knows it (its `.id` is
     printed); `synchronous` waits after every call: slow, and errors stand where they are made."""
 
-    live: weakref.WeakSet[Session] = weakref.WeakSet()
+    live: ClassVar[weakref.WeakSet[Session]] = weakref.WeakSet()
 
     def __init__(self, transport: Transport, location: Any, *, synchronous: bool = False) -> None:
         self.transport = transport

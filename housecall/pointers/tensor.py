@@ -41,10 +41,10 @@ class PointerTensor(torch.Tensor):
     _spec: Spec
 
     # Everything is done below, where autograd has already run: the Python-level protocol would only cost.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch types its own as a stub
         return dispatch(cls, func, args, kwargs or {})
 
     # -- where --------------------------------------------------------------------------------------------
@@ -86,8 +86,8 @@ class PointerTensor(torch.Tensor):
         value = values[0]
         if self.is_leaf and self.requires_grad:
             value.requires_grad_()
-            value.grad = values[1] if len(values) > 1 else None
-            if grad is not None:
+            value.grad = values[1] if len(values) > 1 else grad
+            if isinstance(grad, PointerTensor) and len(values) > 1:
                 spend(grad, ".get()")
         spend(self, ".get()")
         return value
@@ -164,7 +164,7 @@ class PointerTensor(torch.Tensor):
             return repr(self)
         return format(self.item(), format_spec)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch types its own so
         slot = self._slot
         if isinstance(slot, Spent):
             return "(Wrapper)>[PointerTensor | spent]"
@@ -221,4 +221,3 @@ def session_of(location: Any) -> Session:
 def sessions_of(tensors: Iterable[torch.Tensor]) -> set[Session]:
     """The sessions that these tensors live in; local ones have none."""
     return {tensor._slot.session for tensor in tensors if isinstance(tensor, PointerTensor)}
-

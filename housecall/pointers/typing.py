@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..program.run import computing
 from ..program.ops import Operator, Return
+from ..program.run import computing
 from ..program.typing import DTYPES, meta, type_of
 from ..types import TensorType
 

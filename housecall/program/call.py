@@ -1,6 +1,7 @@
-"""Call and Program: `outs = op(args)`, and a straight-line list of them. Frozen, printable data.
+"""Call and Program: `outs = op(args)`, and straight-line lists of them. Frozen, printable data.
 
-What must live here: the grammar and its printed form. What must not: any meaning (`ops` has the rules, `run` the values).
+What must live here: the grammar and its printed form. What must not: any meaning (`ops` has the rules, `run`
+the values).
 
     Arg     ::= None | bool | int | float | str | Ref | Complex | Symbol | Items
     Call    ::= outs = op(args, kwargs)

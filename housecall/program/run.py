@@ -1,4 +1,4 @@
-"""The interpreter: on values it executes, on meta tensors it types. Of `program`, only this file and `typing` know torch.
+"""The interpreter: on values it executes, on meta tensors it types. Only this file and `typing` know torch.
 
 A call names its operator; only a name that the closed table holds is ever looked up in torch. A binding may
 hold an exception instead of a tensor (a call that failed): whoever reads it gets the exception.
@@ -25,6 +25,7 @@ from .typing import meta, symbol, type_of
 __all__ = ["Randomness", "computing", "execute", "overload", "run", "type_program"]
 
 Values = MutableMapping[int, Any]
+
 
 def overload(name: str) -> Callable[..., Any]:
     """torch's operator for a name of the table. Raises `UnknownOperator` for any other name."""
@@ -80,7 +81,7 @@ def computing() -> Iterator[None]:
     complex result would be silently wrong. So the keys are set, not inherited. Gradient mode is on, as it is inside
     a kernel of a local forward: some kernels (oneDNN's LSTM) keep for the backward only then what it needs.
     """
-    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(*_keys()):  # type: ignore[attr-defined]  # untyped
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(*_keys()):
         yield
 
 
@@ -154,7 +155,7 @@ def _value(arg: Arg, values: Mapping[int, Any]) -> Any:
     if kind is Items:
         return [_value(item, values) for item in arg.items]  # type: ignore[union-attr]  # as above
     if kind is Complex:
-        return complex(arg.real, arg.imag)  # type: ignore[union-attr, arg-type]  # as above
+        return complex(arg.real, arg.imag)  # type: ignore[union-attr]  # as above
     if kind is Symbol:
         return symbol(arg.kind, arg.name)  # type: ignore[union-attr]  # as above
     return arg

@@ -42,13 +42,27 @@ def symbol(kind: str, name: str) -> Any:
 
 def type_of(tensor: torch.Tensor) -> TensorType:
     """The type of a tensor of strided layout."""
-    key = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.device, tensor.is_conj(), tensor.is_neg())
+    key = (
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.device,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
     return _type(*key)
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def _type(
-    dtype: torch.dtype, shape: torch.Size, stride: tuple[int, ...], offset: int, device: torch.device, conj: bool, neg: bool
+    dtype: torch.dtype,
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    offset: int,
+    device: torch.device,
+    conj: bool,
+    neg: bool,
 ) -> TensorType:
     return TensorType(_NAMES[dtype], tuple(shape), stride, offset, str(device), conj, neg)
 

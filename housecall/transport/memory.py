@@ -23,12 +23,13 @@ import torch
 from ..errors import WorkerGone
 from ..types import Door
 from ..wire.codec import decode, encode
-from ..wire.messages import Array, Frame, Put, Reply, Seed, Value
+from ..wire.messages import Array, Frame, Message, Put, Reply, Seed, Value
 from .arrays import pack, unpack
 
 __all__ = ["BACKLOG", "MemoryTransport", "through_codec"]
 
 BACKLOG = 8
+
 
 class MemoryTransport:
     """A `Transport` to a `Door` in this process.
@@ -48,6 +49,7 @@ class MemoryTransport:
         self._closed = False
 
     def send(self, frame: Frame) -> None:
+        """Queue a frame; beyond `BACKLOG` of them, run the oldest here and now."""
         if self._closed:
             raise WorkerGone(f"worker '{self._name}' is closed; its values are gone. Make a new worker and send anew")
         self._owed += 1
@@ -56,11 +58,13 @@ class MemoryTransport:
             self._run_one()
 
     def start(self) -> None:
+        """Run what is queued on a thread of its own."""
         if self._frames and (self._thread is None or not self._thread.is_alive()):
             self._thread = threading.Thread(target=self._run_all, name=f"housecall-{self._name}", daemon=True)
             self._thread.start()
 
     def receive(self) -> Reply:
+        """The next reply; runs frames on this thread until there is one."""
         if not self._owed:
             raise WorkerGone(f"worker '{self._name}' owes no reply")
         while not self._replies:
@@ -70,6 +74,7 @@ class MemoryTransport:
         return self._replies.popleft()
 
     def close(self) -> None:
+        """End the session once the frame under way has ended."""
         if not self._closed:
             self._closed = True
             self._frames.clear()
@@ -130,7 +135,7 @@ def _unpacked_frame(frame: Frame) -> Frame:
     return Frame(frame.number, tuple(_with_array(message, _opened) for message in frame.messages))
 
 
-def _with_array(message: object, change: Callable[[Array], Array]) -> object:
+def _with_array(message: Message, change: Callable[[Array], Array]) -> Message:
     match message:
         case Put(id=ref, value=value):
             return Put(ref, change(value))

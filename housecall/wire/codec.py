@@ -1,6 +1,6 @@
-"""Messages <-> bytes. MessagePack for the structure, raw little-endian bytes for elements. No pickle, no names to import.
+"""Messages <-> bytes: MessagePack for the structure, raw little-endian bytes for elements; no pickle, no names.
 
-Issue by issue the wire will grow a transport; this file already decides what bytes may mean. A tensor's
+This file decides what bytes may mean, whichever transport will carry them. A tensor's
 `data` is a MessagePack binary of exactly `elements * item size` bytes; anything else is refused before torch
 sees it. Every decoding failure is one `CodecError`.
 """

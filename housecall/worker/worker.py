@@ -105,7 +105,7 @@ class WorkerSession:
             case Seed(state=state):
                 self.randomness.follow(state.data)
             case Tag(id=ref):
-                self.store[ref]  # noqa: B018  # tagging what is not there must fail now, not at the search
+                _ = self.store[ref]  # tagging what is not there must fail now, not at the search
                 self.store.tags[ref] = message
             case Search(tags=tags):
                 results.append(Found(self.store.search(tags, type_of)))
@@ -127,7 +127,7 @@ class WorkerSession:
             value = self.store[ref]
         except Missing as error:
             return Failure(0, 0, "fetch", str(error), writes=False)
-        return value.failure if isinstance(value, Failed) else value  # type: ignore[no-any-return]  # a dict of Any
+        return value.failure if isinstance(value, Failed) else value
 
     def _fail(self, frame: int, index: int, message: Message, error: Exception, failures: list[Failure]) -> None:
         """Fill the outputs of what failed with the failure. A write that fails leaves the value as it was, and
