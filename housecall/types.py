@@ -19,7 +19,7 @@ import msgspec
 __all__ = ["Door", "Ref", "TensorType", "Transport"]
 
 
-class Ref(msgspec.Struct, frozen=True, array_like=True, tag="ref", tag_field="t"):
+class Ref(msgspec.Struct, frozen=True, array_like=True, tag="ref", tag_field="t", gc=False):
     """A slot in the store of one session at one worker, or a name bound inside a program."""
 
     id: int

@@ -86,9 +86,7 @@ def train(
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_travelling_model_equals_local_training(
-    name: str, schools: tuple[hc.VirtualWorker, hc.VirtualWorker]
-) -> None:
+def test_travelling_model_equals_local_training(name: str, schools: tuple[hc.VirtualWorker, hc.VirtualWorker]) -> None:
     west, grape = schools
     local, remote = network(), network()
     places: list[hc.VirtualWorker | None] = [west, grape, west, west, None, grape, grape, west]

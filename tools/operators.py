@@ -29,7 +29,8 @@ REFUSED = re.compile(
     | fake_quantize\w* | _fake_quantize\w*
     | .*nested\w* | _jagged\w* | _padded_dense\w* | .*mkldnn_(?!rnn)\w* | to_dense\w* | _to_dense\w*
     | _coalesce\w* | coalesce | is_coalesced | _indices\w* | _values\w* | indices\w* | values\w*
-    | c?(row|col)_indices\w* | ccol_indices\w* | sspaddmm\w* | hspmm\w* | _spdiags\w* | to_padded\w* | _spsolve | _dimI | _dimV | dense_dim | _nnz
+    | c?(row|col)_indices\w* | ccol_indices\w* | sspaddmm\w* | hspmm\w* | _spdiags\w* | to_padded\w*
+    | _spsolve | _dimI | _dimV | dense_dim | _nnz
     | _foobar | _cufft\w* | _lazy_clone | _amp\w* | _dirichlet\w* | _mixed_dtypes\w* | is_distributed | _propagate\w*
     | \w*to_mkldnn | smm | _copy_from\w* | _(add|remove)_batch_dim | _make_dep_token | get_device
     | vulkan\w* | is_vulkan\w* | _convert_weight\w* | _weight_int\w* | _scaled_grouped\w*

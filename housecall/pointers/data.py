@@ -1,7 +1,7 @@
 """Federated data: a data set whose records lie at workers, and a loader whose batches never mix owners.
 
-A loader sends one permutation for each worker and epoch; a batch is then a slice of it and an `index_select`
-for each column, all of them pointer operations: nothing waits, and no record travels.
+A loader sends one permutation for each worker and epoch, and splits it there; a batch is then an `index_select`
+for each column. All of it is pointer operations: nothing waits, and no record travels.
 """
 
 from __future__ import annotations
@@ -87,7 +87,13 @@ class FederatedDataLoader:
         *,
         interleave: bool = False,
         generator: torch.Generator | None = None,
+        **others: Any,
     ) -> None:
+        if others:
+            raise UsageError(
+                f"FederatedDataLoader has no option {', '.join(sorted(others))}: batches are made at the workers. "
+                "Its options are batch_size, shuffle, drop_last, interleave and generator"
+            )
         if not isinstance(dataset, FederatedDataset):
             hint = (
                 "call .federate((a, b)) on it first" if isinstance(dataset, Dataset) else "expected a FederatedDataset"
@@ -134,15 +140,12 @@ class FederatedDataLoader:
         return send(torch.randperm(len(part), generator=self.generator), part.location)
 
     def _of(self, part: Part, order: PointerTensor | None) -> Iterator[Any]:
-        for number in range(self._batches(part)):
-            start = number * self.batch_size
-            count = min(self.batch_size, len(part) - start)
-            with torch.no_grad():
-                if order is None:
-                    batch = [column.narrow(0, start, count) for column in part.columns]
-                else:
-                    chosen = order.narrow(0, start, count)
-                    batch = [column.index_select(0, chosen) for column in part.columns]
+        splits = [torch.split(source, self.batch_size) for source in (part.columns if order is None else [order])]
+        for pieces in zip(*(split[: self._batches(part)] for split in splits), strict=True):
+            if order is None:
+                batch = list(pieces)
+            else:
+                batch = [column.index_select(0, pieces[0]) for column in part.columns]
             yield tree_unflatten(batch, part.structure)
 
 

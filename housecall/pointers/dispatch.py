@@ -36,18 +36,22 @@ _TABLE_LIMIT = 1 << 16
 _LONGEST = 64  # of a list whose length only the worker knows
 
 _outcomes: dict[tuple[Any, ...], Outcome] = {}
-_rules: dict[Any, _Rule] = {}
+_rules: dict[int, _Rule] = {}
 
 
 def dispatch(cls: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Do one operation on pointers of class `cls`; called by torch, below autograd."""
     try:
-        rule = _rules[func]
+        rule = _rules[id(func)]  # torch's overloads live for ever, and hash in Python
     except KeyError:
-        rule = _rules[func] = _Rule(func)
+        rule = _rules[id(func)] = _Rule(func)
     if rule.special is not None:
         return rule.special(cls, rule, args, kwargs)
-    return issue(cls, rule, args, kwargs)
+    try:
+        return _issue(cls, rule, args, kwargs)
+    except _LocalTensor:
+        pass  # only now, with the frames of the attempt gone, can `_adopt` see who holds the tensor
+    return _issue(cls, rule, *_adopt(cls, rule, args, kwargs))
 
 
 class _Rule:
@@ -75,18 +79,10 @@ class _Rule:
         self.by_kind = tuple(not p.many and p.kind in ("float", "Scalar") for p in self.operator.params)
 
 
-def issue(cls: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Queue one call and return pointers to its results."""
-    try:
-        return _issue(cls, rule, args, kwargs)
-    except _LocalTensor:
-        pass  # only now, with the frames of the attempt gone, can `_adopt` see who holds the tensor
-    return _issue(cls, rule, *_adopt(cls, rule, args, kwargs))
-
-
 def _issue(cls: Any, rule: _Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Queue one call and return pointers to its results. `_LocalTensor` if a local one is among the arguments."""
     session: Session | None = None
-    key: list[Any] = [rule.function]
+    key: list[Any] = [rule]
     sent: list[Arg] = []
     held: list[Slot] = []  # local scalars that go along must live until the call is queued
     by_kind = rule.by_kind
@@ -196,7 +192,7 @@ def _argument(
     return _symbol(rule, arg, key)
 
 
-class _LocalTensor(Exception):  # not an error yet: `issue` decides
+class _LocalTensor(Exception):  # not an error yet: `dispatch` decides
     """A local tensor with dimensions stands among the arguments."""
 
 
@@ -399,7 +395,7 @@ def _copy(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
     if type(source) is not cls:
         slot, type_ = target._slot.session.put(source)
         source = point(cls, slot, spec(type_))
-    return issue(cls, rule, (target, source, *rest), kwargs)
+    return _issue(cls, rule, (target, source, *rest), kwargs)
 
 
 _aten = torch.ops.aten

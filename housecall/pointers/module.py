@@ -96,18 +96,22 @@ def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
         raise UsageError("a parameter with hooks cannot travel, they would not run at the worker: remove them first")
     arriving = isinstance(other, PointerTensor)
     away, home = (other, tensor) if arriving else (tensor, other)
-    kind = type(home) if arriving else tensor.__dict__.pop("_home_class", _plain_class(tensor))
     slot, given = away._slot, away._spec  # type: ignore[attr-defined]  # `away` is the pointer of the two
-    if arriving:
-        tensor.__dict__["_home_class"] = kind
-        tensor._is_param = isinstance(tensor, nn.Parameter)
+    kind = type(home) if arriving else tensor.__dict__.get("_home_class", _plain_class(tensor))
+    try:
+        torch._C._swap_tensor_impl(tensor, other)
+    except RuntimeError as error:  # nothing has changed yet
+        raise UsageError(
+            f"a parameter cannot be moved while torch holds it elsewhere (autocast's cache?): {error}"
+        ) from None
     tensor.__class__, other.__class__ = (PointerTensor, kind) if arriving else (kind, PointerTensor)
-    torch._C._swap_tensor_impl(tensor, other)
     if arriving:
         tensor._slot, tensor._spec = slot, given  # type: ignore[attr-defined]  # it is a pointer now
+        tensor.__dict__["_home_class"] = kind
+        tensor._is_param = issubclass(kind, nn.Parameter)  # torch's own mark
         del other.__dict__["_slot"], other.__dict__["_spec"]
     else:
-        for name in ("_slot", "_spec", "_is_param", "_id"):
+        for name in ("_slot", "_spec", "_is_param", "_id", "_home_class"):
             tensor.__dict__.pop(name, None)
         other._slot, other._spec = slot, given  # type: ignore[attr-defined]  # it holds the pointer now
     if _shared(other) and other.requires_grad and other.is_leaf:

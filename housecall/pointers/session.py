@@ -36,10 +36,11 @@ from ..program.typing import type_of
 from ..transport.arrays import share
 from ..types import Ref, TensorType, Transport
 from ..wire.messages import Array, Describe, Drop, Failure, Fetch, Frame, Message, Put, Reply, Result, Seed
+from .randomness import Follower
 
 __all__ = ["FRAME", "Session", "Site", "Slot", "caller"]
 
-FRAME = 64
+FRAME = 256
 
 
 class Site(NamedTuple):
@@ -131,9 +132,10 @@ class Session:
         self.waits = 0
         self.bytes_sent = 0  # elements of tensors, either way; the calls themselves are small
         self.bytes_fetched = 0
-        self.generator: torch.Tensor | None = None
+        self.follower = Follower()
         self._sites: dict[int, list[Site | None]] = {}
         self._failed: dict[tuple[int, int], Site | None] = {}
+        self._latest: Failure | None = None  # of the last wait
         self._lock = threading.RLock()
         Session.live.add(self)
 
@@ -141,9 +143,11 @@ class Session:
 
     def issue(self, call: Call) -> None:
         """Queue a call. Returns at once, unless the session is synchronous."""
-        self.outbox.append((call, caller(4)))  # above: dispatch.issue, dispatch.dispatch, __torch_dispatch__
+        self.outbox.append((call, caller(4)))  # above: dispatch, __torch_dispatch__
         if self.synchronous:
             self.wait()
+            if self._latest is not None:
+                raise self.error(self._latest)
         elif len(self.outbox) >= FRAME:
             self.flush()
 
@@ -159,15 +163,10 @@ class Session:
         self.outbox.append((message, caller()))
 
     def seed(self) -> None:
-        """Before a random call: let the worker's generator follow the caller's, if that has moved since.
-
-        One draw is then taken here, so that seeding the caller's generator anew, even alike, is noticed."""
-        default = torch.default_generator
-        state = default.get_state()
-        if self.generator is None or not torch.equal(state, self.generator):
+        """Before a random call: let the worker's generator follow the caller's. See `randomness`."""
+        state = self.follower.next_state()
+        if state is not None:
             self.outbox.append((Seed(share(state)), None))
-        torch.randint(1 << 30, ())
-        self.generator = default.get_state()
 
     def flush(self) -> None:
         """Send what is queued as one frame."""
@@ -213,6 +212,7 @@ class Session:
                     other.flush()
                     other.transport.start()
             results: list[Result] = []
+            self._latest = None
             unnoticed: list[Failure] = []
             if self._sites:
                 self.waits += 1
@@ -261,4 +261,5 @@ class Session:
         for failure in reply.failures:
             if failure.frame == reply.number:
                 self._failed[(failure.frame, failure.index)] = sites[failure.index]
+            self._latest = failure
         return [failure for failure in reply.failures if failure.writes]

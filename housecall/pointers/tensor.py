@@ -102,7 +102,11 @@ class PointerTensor(torch.Tensor):
         """Take the value to another worker, by way of this process; this pointer is spent."""
         if other is self.location:
             return self
-        return send(self.get(), other)
+        session_of(other)  # before the value leaves where it is
+        slot = self._slot
+        moved = send(self.get(), other)
+        self._slot = Spent(slot, f".move({other})")  # type: ignore[assignment]  # as in `spend`
+        return moved
 
     def send(self, other: Any) -> NoReturn:
         """Always an error: the value is at a worker already."""
@@ -141,6 +145,10 @@ class PointerTensor(torch.Tensor):
         if force:
             return self.detach().copy().get().numpy()  # type: ignore[attr-defined]  # a pointer
         raise UsageError(f"numpy cannot read a tensor at '{self.location.id}': call .get() first")
+
+    def share_memory_(self) -> NoReturn:
+        """Always an error: the memory is at the worker."""
+        raise UsageError(f"a tensor at '{self.location.id}' has no memory here to share: call .get() first")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return self.numpy()

@@ -48,7 +48,7 @@ class Items(msgspec.Struct, frozen=True, array_like=True, tag="items", tag_field
 Arg = None | bool | int | float | str | Ref | Complex | Symbol | Items
 
 
-class Call(msgspec.Struct, frozen=True, array_like=True, tag="call", tag_field="t"):
+class Call(msgspec.Struct, frozen=True, array_like=True, tag="call", tag_field="t", gc=False):
     """`outs = op(*args, **kwargs)`; `op` is an ATen overload without its namespace ("add.Tensor")."""
 
     op: str

@@ -71,8 +71,7 @@ class Randomness:
                 default.set_state(before)
 
 
-@contextmanager
-def computing() -> Iterator[None]:
+class computing:  # noqa: N801  # used as a function: `with computing():`
     """Within: torch computes values and builds no graph, wherever this is called from.
 
     NOTE [Where a frame runs]
@@ -81,8 +80,18 @@ def computing() -> Iterator[None]:
     complex result would be silently wrong. So the keys are set, not inherited. Gradient mode is on, as it is inside
     a kernel of a local forward: some kernels (oneDNN's LSTM) keep for the backward only then what it needs.
     """
-    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(*_keys()):
-        yield
+
+    __slots__ = ("_before", "_guard")
+
+    def __enter__(self) -> None:
+        self._before = torch.is_grad_enabled()
+        self._guard = torch._C._ForceDispatchKeyGuard(*_keys())
+        self._guard.__enter__()
+        torch._C._set_grad_enabled(True)
+
+    def __exit__(self, *error: object) -> None:
+        torch._C._set_grad_enabled(self._before)
+        self._guard.__exit__(*error)
 
 
 @functools.cache

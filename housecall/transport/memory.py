@@ -6,7 +6,8 @@ to it. So the caller's own thread runs the frames of the worker she waits for. O
 have work does a thread start for each of the others (`start`): there large operators, which leave the lock,
 overlap. A caller who issues and never waits pays for one frame each time `BACKLOG` of them are queued.
 
-A thread so started takes half of the intra-op threads, since it runs beside others.
+While several run, each takes its share of the intra-op threads; afterwards each puts the setting back, since
+torch keeps part of it for the whole process.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 import torch
@@ -60,16 +61,21 @@ class MemoryTransport:
     def start(self) -> None:
         """Run what is queued on a thread of its own."""
         if self._frames and (self._thread is None or not self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._run_all, name=f"housecall-{self._name}", daemon=True)
+            full = torch.get_num_threads()
+            self._thread = threading.Thread(
+                target=self._run_all, args=(full,), name=f"housecall-{self._name}", daemon=True
+            )
+            _background.add(self._thread)
             self._thread.start()
 
     def receive(self) -> Reply:
         """The next reply; runs frames on this thread until there is one."""
         if not self._owed:
             raise WorkerGone(f"worker '{self._name}' owes no reply")
-        while not self._replies:
-            if not self._run_one() and not self._replies:
-                raise WorkerGone(f"worker '{self._name}' lost a frame; its state is unknown. Make a new worker")
+        with _sharing(torch.get_num_threads()) if _background else nullcontext():
+            while not self._replies:
+                if not self._run_one() and not self._replies:
+                    raise WorkerGone(f"worker '{self._name}' lost a frame; its state is unknown. Make a new worker")
         self._owed -= 1
         return self._replies.popleft()
 
@@ -92,27 +98,42 @@ class MemoryTransport:
                 self._replies.append(self._handle(frame))
             return True
 
-    def _run_all(self) -> None:
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
-        while self._run_one():
-            pass
+    def _run_all(self, full: int) -> None:
+        try:
+            with _sharing(full):
+                while self._run_one():
+                    pass
+        finally:
+            _background.discard(threading.current_thread())
+
+
+_background: set[threading.Thread] = set()  # at work now
+
+
+@contextmanager
+def _sharing(full: int) -> Iterator[None]:
+    """Within: this thread's share of `full` intra-op threads, beside the background threads at work."""
+    torch.set_num_threads(max(1, full // (len(_background) + 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(full)
 
 
 @contextmanager
 def _whole() -> Iterator[None]:
     """Within: Ctrl-C waits. A frame that is cut in the middle would leave the worker in no known state; a frame
     that has ended leaves all values where the program says."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     noted: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if noted:
+    if noted and callable(before):
         before(*noted[-1])
 
 

@@ -51,7 +51,7 @@ class Put(msgspec.Struct, frozen=True, array_like=True, tag="put", tag_field="t"
     value: Array
 
 
-class Drop(msgspec.Struct, frozen=True, array_like=True, tag="drop", tag_field="t"):
+class Drop(msgspec.Struct, frozen=True, array_like=True, tag="drop", tag_field="t", gc=False):
     """Nobody points at this id any more. Stands in order among the calls, so memory is reused at once."""
 
     id: int
