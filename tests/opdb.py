@@ -259,6 +259,6 @@ def check(name: str, dtype: str, kind: str, worker: Any, **close: float) -> None
 
 
 __all__ = [
-    "CUDA_ONLY", "EXCEPTIONS", "ONE", "OPS", "REFUSALS", "ROUNDING", "RUNS", "UNINITIALISED", "check", "entries", "same",
-    "samples", "tolerance",
+    "CUDA_ONLY", "EXCEPTIONS", "ONE", "OPS", "REFUSALS", "ROUNDING", "RUNS", "UNINITIALISED", "check", "entries", "same", "samples",
+    "tolerance",
 ]  # fmt: skip

@@ -92,7 +92,8 @@ def test_imports_go_down_only(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in FILES if layer(name) in ("program", "wire", "types", "errors") and name not in TORCH_IN_PROGRAM]
+    "name",
+    [name for name in FILES if layer(name) in ("program", "wire", "types", "errors") and name not in TORCH_IN_PROGRAM],
 )
 def test_an_auditors_files_know_no_torch(name: str) -> None:
     assert foreign(name) & {"torch", "numpy", "safetensors"} == set()

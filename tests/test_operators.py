@@ -177,7 +177,8 @@ DANGEROUS = (
     "_backward", "backward", "_print", "_assert_async", "_assert_tensor_metadata", "_debug_has_internal_overlap",
     "_validate_sparse_coo_tensor_args", "_sparse_coo_tensor_unsafe", "_to_sparse", "to_mkldnn", "quantize_per_tensor",
     "_nested_tensor_from_mask", "_cudnn_rnn", "cudnn_convolution", "_use_cudnn_ctc_loss", "_cuda_getCurrentRawStream",
-    "_triton_scaled_dot_attention", "swap_tensors", "rename_", "align_to", "_make_dep_token", "sym_size", "_test_optional_intlist",
+    "_triton_scaled_dot_attention", "swap_tensors", "rename_", "align_to", "_make_dep_token", "sym_size",
+    "_test_optional_intlist",
 )  # fmt: skip
 
 

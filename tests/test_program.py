@@ -94,11 +94,17 @@ def test_a_program_prints_as_it_reads() -> None:
         (call("add_.Tensor", X, W), "add_.Tensor(%1, %2)"),
         (call("cat.default", Items((X, None, Items((1, 2))))), "cat.default([%1, None, [1, 2]])"),
         (call("mul.Scalar", X, Complex(1.0, -2.0), outs=(3,)), "%3 = mul.Scalar(%1, (1-2j))"),
-        (call("_to_copy.default", X, outs=(3,), dtype=Symbol("dtype", "float64")), "%3 = _to_copy.default(%1, dtype=float64)"),
-        (call("div.Tensor_mode", X, W, outs=(3,), rounding_mode="floor"), "%3 = div.Tensor_mode(%1, %2, rounding_mode='floor')"),
+        (
+            call("_to_copy.default", X, outs=(3,), dtype=Symbol("dtype", "float64")),
+            "%3 = _to_copy.default(%1, dtype=float64)",
+        ),
+        (
+            call("div.Tensor_mode", X, W, outs=(3,), rounding_mode="floor"),
+            "%3 = div.Tensor_mode(%1, %2, rounding_mode='floor')",
+        ),
         (call("mul.Scalar", X, 1.0, outs=(3,)), "%3 = mul.Scalar(%1, 1.0)"),
     ],
-)  # fmt: skip
+)
 def test_a_call_prints_as_it_reads(found: Call, expected: str) -> None:
     assert call_text(found) == expected
 
@@ -237,16 +243,22 @@ def test_a_good_program_passes() -> None:
         (call("dropout.default", X, True, False, outs=(3,)), ["'p' expects float, found bool True"]),
         (call("add.Tensor", X, Complex(1.0, 0.0), outs=(3,)), ["'other' expects Tensor, found Complex"]),
         (call("add.Scalar", X, Symbol("dtype", "float32"), outs=(3,)), ["'other' expects Scalar, found Symbol"]),
-        (call("sum.default", X, outs=(3,), dtype=Symbol("layout", "strided")), ["'dtype' expects a dtype, found the layout strided"]),
+        (
+            call("sum.default", X, outs=(3,), dtype=Symbol("layout", "strided")),
+            ["'dtype' expects a dtype, found the layout strided"],
+        ),
         (call("sum.default", X, outs=(3,), dtype="float32"), ["'dtype' expects ScalarType, found str 'float32'"]),
         (call("sum.default", X, outs=(3,), dtype=6), ["'dtype' expects ScalarType, found int 6"]),
-        (call("clone.default", X, outs=(3,), memory_format=Symbol("dtype", "float32")), ["'memory_format' expects a memory_format, found the dtype float32"]),
+        (
+            call("clone.default", X, outs=(3,), memory_format=Symbol("dtype", "float32")),
+            ["'memory_format' expects a memory_format, found the dtype float32"],
+        ),
         (call("bernoulli.default", X, outs=(3,), generator=7), ["'generator' expects Generator, found int 7"]),
         (call("add_.Scalar", X, 1), ["'self' is an input of the program and would be written; clone it first"]),
         (call("add.out", Ref(2), Ref(2), out=X), ["'out' is an input of the program and would be written"]),
     ],
     ids=lambda value: value[0][:50] if isinstance(value, list) else None,
-)  # fmt: skip
+)
 def test_check_refuses_and_names_the_call(bad: Call, texts: list[str]) -> None:
     refused(one(GOOD, bad, outputs=(("y", 2),)), f"call 1, `{call_text(bad)}`: ", *texts)
 
@@ -499,8 +511,7 @@ def test_drawing_leaves_torchs_generator_as_it_was() -> None:
     assert draws(randomness, 1) != draws(randomness, 1)
     assert torch.equal(torch.default_generator.get_state(), before)
     with pytest.raises(RuntimeError), randomness.drawing():
-        torch.rand(1)
-        raise RuntimeError
+        torch.rand(2, out=torch.rand(3).requires_grad_())  # draws once, then fails
     assert torch.equal(torch.default_generator.get_state(), before)
 
 

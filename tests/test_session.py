@@ -508,7 +508,6 @@ def test_ids_of_workers_are_never_shared() -> None:
 
 
 def test_reseeding_makes_no_ids_collide() -> None:
-    import random  # only here
 
     ids = []
     for _ in range(2):
