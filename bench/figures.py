@@ -256,7 +256,7 @@ def table(quick: bool) -> str:
         ratio_row("784-32-10 MLP loop, batch 64, 1 thread / plain torch", loop(MLP, 1, mlp_epochs), "<= 2.5, then 1.5")
     )
     rows.append(
-        f"| one pointer operation, issued and done (2,000 additions, then a wait) | **{operation():.1f} us** | <= 15 us |"
+        f"| a pointer operation, issued and done (2,000 additions, then a wait) | **{operation():.1f} us** | <= 15 us |"
     )
     rows.append(f"| 4 MB tensor, send + get | **{travel():.3f} ms** | <= 0.5 ms |")
     rows.append(f"| messages waited for, per batch of the article's loop | **{cnn['waits']:.2f}** | 1 |")
@@ -265,7 +265,7 @@ def table(quick: bool) -> str:
     )
     ours, plain = memory()
     rows.append(
-        f"| peak memory over plain torch, 6,400 images, CNN | **{ours / plain:.2f}** ({ours:.0f} against {plain:.0f} MB) | <= 1.3 |"
+        f"| peak memory / plain torch | **{ours / plain:.2f}** ({ours:.0f} against {plain:.0f} MB) | <= 1.3 |"
     )
     rows.append(f"| slots left after 1,000 batches | **{slots()}** | 0 |")
     hook.remove()

@@ -279,7 +279,7 @@ def test_an_overload_that_is_not_named_is_unknown() -> None:
     [
         (one(GOOD, outputs=(("y", 9),)), "output 'y' is %9, which nothing binds"),
         (one(GOOD, outputs=(("y", HOLE),)), "output 'y' is %0, which nothing binds"),
-        (Program((Input("x", 1, typed(3)), Input("z", 1, typed(3))), (), ()), "input 'z' binds %1, which is bound already"),
+        (Program((Input("x", 1, typed(3)), Input("z", 1, typed(3))), (), ()), "'z' binds %1, which is bound already"),
         (Program((Input("x", HOLE, typed(3)),), (), ()), "input 'x' binds %0"),
         (Program((Input("x", 1, TensorType("float32", (3,), ())),), (), ()), "input 'x': float32[3] with stride ()"),
         (Program((Input("x", 1, TensorType("float32", (-1,), (1,))),), (), ()), "is no tensor's type"),

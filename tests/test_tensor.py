@@ -292,7 +292,7 @@ def test_what_needs_memory_here_says_so(clinic: hc.VirtualWorker) -> None:
         torch.save(x, "/dev/null")
     with pytest.raises(hc.UnknownOperator, match="resize_"):
         x.resize_(9)
-    with pytest.raises(hc.UsageError, match="torch.Generator, which cannot go to a worker; call torch.manual_seed"):
+    with pytest.raises(hc.UsageError, match=r"torch\.Generator, which cannot go to a worker; call torch\.manual_seed"):
         x.uniform_(generator=torch.Generator())
     assert torch.equal(torch.empty_like(x).get(), torch.zeros(2))  # never memory that others left behind
 

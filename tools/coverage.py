@@ -81,8 +81,8 @@ def page() -> str:
     parts += [
         "\n## Not equal\n\n",
         f"{len(EXCEPTIONS)} entries. {len(UNINITIALISED)} have no value that could be equal, and {len(CUDA_ONLY)} do "
-        "not run on a CPU at all; for at least one sample of each of the others there is an error that says so, and never "
-        "another result.\n\n",
+        "not run on a CPU at all; for at least one sample of each of the others there is an error that says so, and "
+        "never another result.\n\n",
         listing(EXCEPTIONS),
         "\n## Equal within rounding\n\n",
         f"For {len(ROUNDING)} entries torch itself takes another algorithm, or another order of sums, when a tensor is "
