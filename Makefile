@@ -25,7 +25,7 @@ demo: $(READY)   ## the article on real MNIST: two schools, one classifier (ARGS
 	$(BIN)/housecall demo $(ARGS)
 
 test: check      ## check, then all tests (ARGS="--slow" for those that take minutes)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -264,9 +264,7 @@ def table(quick: bool) -> str:
         f"| two independent jobs at two workers / one after the other, 1 thread each | **{overlap():.2f}** | <= 0.65 |"
     )
     ours, plain = memory()
-    rows.append(
-        f"| peak memory / plain torch | **{ours / plain:.2f}** ({ours:.0f} against {plain:.0f} MB) | <= 1.3 |"
-    )
+    rows.append(f"| peak memory / plain torch | **{ours / plain:.2f}** ({ours:.0f} against {plain:.0f} MB) | <= 1.3 |")
     rows.append(f"| slots left after 1,000 batches | **{slots()}** | 0 |")
     hook.remove()
     return "\n".join(rows)

@@ -209,8 +209,7 @@ class Session:
             self.flush()
             for other in Session.live:
                 if other is not self and other.busy:
-                    other.flush()
-                    other.transport.start()
+                    other._start()
             results: list[Result] = []
             self._latest = None
             unnoticed: list[Failure] = []
@@ -250,8 +249,19 @@ class Session:
 
     def close(self) -> None:
         """End the session; the worker frees its slots."""
+        Session.live.discard(self)
         self.outbox.clear()
         self.transport.close()
+
+    def _start(self) -> None:
+        """Let what is queued run beside whoever waits for another session. A session that another thread is busy
+        with is left to that thread: to wait for its lock while holding one's own is how two threads get stuck."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self.flush()
+                self.transport.start()
+            finally:
+                self._lock.release()
 
     def _settle(self, reply: Reply) -> list[Failure]:
         """Forget the lines of an answered frame but those of failures; return the failures nobody would see."""

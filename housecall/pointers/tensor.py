@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import SpentPointerError, UsageError
+from ..program.typing import DTYPES
+from ..wire.codec import ITEM_BYTES
 from .dispatch import dispatch, point
 from .session import Session, Site, Slot
 from .typing import Spec, spec
@@ -200,10 +202,15 @@ def send(tensor: torch.Tensor, location: Any) -> PointerTensor:
     return sent(session_of(location), tensor, None)
 
 
+_TRAVEL = frozenset(DTYPES[name] for name in ITEM_BYTES if name in DTYPES)
+
+
 def sent(session: Session, tensor: torch.Tensor, site: Site | None) -> PointerTensor:
     """`send` for a known session, issued at a known line."""
     if tensor.layout is not torch.strided:
         raise UsageError(f"a tensor of layout {tensor.layout} cannot be sent: call .to_dense() first")
+    if tensor.dtype not in _TRAVEL:
+        raise UsageError(f"a tensor of {tensor.dtype} cannot be sent: convert it first, with .to(dtype)")
     slot, type_ = session.put(tensor, site)
     pointer: PointerTensor = point(PointerTensor, slot, spec(type_))
     if tensor.requires_grad:

@@ -38,11 +38,11 @@ def check(program: Program) -> None:
             raise ProgramError(f"input '{item.name}' binds %{item.id}, which is bound already; bind each id once")
         _check_type(item.name, item.type)
         bound.add(item.id)
-    given = frozenset(bound)
+    shares = {item.id: {item.id} for item in program.inputs}  # whose storage a value may share
     for number, call in enumerate(program.calls):
         try:
             check_call(call)
-            _check_binding(call, bound, given)
+            _check_binding(call, bound, shares)
         except ProgramError as error:
             raise type(error)(f"call {number}, `{call_text(call)}`: {error}") from None
         bound.update(out for out in call.outs if out != HOLE)
@@ -56,7 +56,7 @@ def _check_type(name: str, type_: TensorType) -> None:
         raise ProgramError(f"input '{name}': {type_} with stride {type_.stride} is no tensor's type")
 
 
-def _check_binding(call: Call, bound: set[int], given: frozenset[int]) -> None:
+def _check_binding(call: Call, bound: set[int], shares: dict[int, set[int]]) -> None:
     for arg in (*call.args, *call.kwargs.values()):
         for ref in refs(arg):
             if ref not in bound:
@@ -64,10 +64,19 @@ def _check_binding(call: Call, bound: set[int], given: frozenset[int]) -> None:
     for out in call.outs:
         if out != HOLE and (out in bound or call.outs.count(out) > 1):
             raise ProgramError(f"%{out} is bound already; bind each id once")
-    for param, arg in arguments(operator(call.op), call):
+    rules = operator(call.op)
+    pairs = {param.name: (param, arg) for param, arg in arguments(rules, call)}
+    for param, arg in pairs.values():
         # A stored program that writes to its inputs would leak one run into the next.
-        if param.writes and given.intersection(refs(arg)):
-            raise ProgramError(f"'{param.name}' is an input of the program and would be written; clone it first")
+        if param.writes and any(shares.get(ref) for ref in refs(arg)):
+            raise ProgramError(
+                f"'{param.name}' is an input of the program, or a view of one, and would be written; clone it first"
+            )
+    sources = [pairs[item.view_of][1] for item in rules.returns if item.view_of in pairs]
+    roots: set[int] = set()
+    for source in sources:
+        roots.update(*(shares.get(ref, set()) for ref in refs(source)))
+    shares.update(dict.fromkeys(call.outs, roots))
 
 
 def check_call(call: Call) -> Operator:
@@ -104,6 +113,8 @@ def _check_argument(param: Param, arg: Arg) -> bool:
             if not (item is None and param.item_optional):
                 _check_one(param, item)
         return True
+    if param.many and param.kind == "Tensor":
+        raise ProgramError(f"'{param.name}' expects a list of tensors, found {type(arg).__name__} {arg!r}")
     _check_one(param, arg)  # `int[2] size=3` takes one int for all, as torch does
     return True
 
@@ -111,7 +122,7 @@ def _check_argument(param: Param, arg: Arg) -> bool:
 def _check_one(param: Param, arg: Arg) -> None:
     takes = _TAKES[param.kind]
     impostor = isinstance(arg, bool) and bool not in takes
-    if impostor or not isinstance(arg, takes) or (param.many and param.kind == "Tensor" and not isinstance(arg, Ref)):
+    if impostor or not isinstance(arg, takes):
         raise ProgramError(f"'{param.name}' expects {param.kind}, found {type(arg).__name__} {arg!r}")
     if isinstance(arg, Symbol) and arg.kind != _SYMBOLS[param.kind]:
         raise ProgramError(f"'{param.name}' expects a {_SYMBOLS[param.kind]}, found the {arg.kind} {arg.name}")

@@ -44,11 +44,13 @@ class Param(msgspec.Struct, frozen=True):
 
 
 class Return(msgspec.Struct, frozen=True):
-    """One result of an operator. `same_as` names the parameter it *is* (`add_` returns `self`)."""
+    """One result of an operator. `same_as` names the parameter it *is* (`add_` returns `self`), `view_of` the one
+    whose storage it may share (`t`)."""
 
     kind: Kind
     many: bool = False
     same_as: str = ""
+    view_of: str = ""
 
 
 class Operator(msgspec.Struct, frozen=True):
@@ -97,7 +99,7 @@ def _parse(line: str) -> Operator:
     name, _, rest = schema.partition("(")
     params_text, _, returns_text = rest.rpartition(" -> ")
     params = tuple(_params(_split(params_text.strip().removesuffix(")"))))
-    owners = {alias: param.name for alias, param in zip(_aliases(params_text), params, strict=True) if alias}
+    owners = {alias[1]: param for alias, param in zip(_aliases(params_text), params, strict=True) if alias}
     return Operator(
         name=_named(name),
         schema=schema,
@@ -163,15 +165,17 @@ def _params(texts: list[str]) -> list[Param]:
 
 
 def _aliases(params_text: str) -> list[str]:
-    """The alias letter of each *written* parameter, empty for the others."""
+    """The alias mark of each parameter ("(a)", "(a!)", "(a -> *)"), empty for most."""
     texts = [text for text in _split(params_text.strip().removesuffix(")")) if text != "*"]
-    aliases = [_type(text.partition("=")[0].rpartition(" ")[0])["alias"] or "" for text in texts]
-    return [alias if "!" in alias else "" for alias in aliases]
+    return [_type(text.partition("=")[0].rpartition(" ")[0])["alias"] or "" for text in texts]
 
 
-def _return(text: str, owners: Mapping[str, str]) -> Return:
+def _return(text: str, owners: Mapping[str, Param]) -> Return:
     found = _TYPE.match(text)
     assert found is not None, f"aten.txt: cannot read the result '{text}'"
     kind = _KINDS.get(found["kind"], found["kind"])
-    same_as = owners.get(found["alias"] or "", "")
-    return Return(kind=kind, many=bool(found["many"]), same_as=same_as)  # type: ignore[arg-type]  # as above
+    owner = owners.get(found["alias"][1]) if found["alias"] else None
+    name = owner.name if owner else ""
+    same = bool(owner and owner.writes)
+    many = bool(found["many"])
+    return Return(kind, many, same_as=name if same else "", view_of="" if same else name)  # type: ignore[arg-type]  # as above

@@ -147,7 +147,8 @@ class _Runner:
         self.function = overload(name)._op  # type: ignore[attr-defined]  # what the overload itself calls
         self.random = rules.random
         self.returns = rules.returns
-        self.single = len(rules.returns) == 1 and rules.returns[0] == Return("Tensor")
+        only = rules.returns[0] if len(rules.returns) == 1 else None
+        self.single = only is not None and only.kind == "Tensor" and not only.many and not only.same_as
 
 
 @functools.cache

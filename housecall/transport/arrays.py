@@ -67,6 +67,8 @@ def pack(array: Array) -> Array:
     """The same array with its elements as bytes, for the wire."""
     value: torch.Tensor = own(array.data)
     kept = type_of(value)
+    if kept.dtype not in ITEM_BYTES:
+        raise CodecError(f"a tensor of dtype {kept.dtype} does not travel; convert it first, with .to(dtype)")
     bits = _with_bits(value.detach(), conj=False, neg=False)
     stored = bits.untyped_storage().nbytes() // bits.element_size() if 0 not in kept.shape else 0
     flat = bits.as_strided((stored,), (1,)).cpu()
@@ -80,6 +82,13 @@ def unpack(array: Array) -> torch.Tensor:
     extent = _extent(type_)
     if extent > stored:  # gaps between the elements: only a dense tensor is ever sent
         raise CodecError(f"{type_} with stride {type_.stride} needs {extent} elements of storage, {stored} came")
+    try:
+        return _made(type_, data, stored)
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # a type no tensor can have
+        raise CodecError(f"{type_} with stride {type_.stride} is no tensor's type: {error}") from None
+
+
+def _made(type_: TensorType, data: memoryview, stored: int) -> torch.Tensor:
     dtype = symbol("dtype", type_.dtype)
     flat = torch.frombuffer(bytearray(data), dtype=dtype) if stored else torch.empty(0, dtype=dtype)
     value = flat.as_strided(type_.shape, type_.stride) if stored else flat.new_empty_strided(type_.shape, type_.stride)

@@ -75,6 +75,8 @@ def _elements(type_: TensorType) -> int:
     numbers = (*type_.shape, *type_.stride, type_.offset)
     if len(type_.shape) != len(type_.stride) or min(numbers, default=0) < 0 or len(type_.shape) > 64:
         raise CodecError(f"{type_} with stride {type_.stride} and offset {type_.offset} is no tensor's type")
+    if type_.conj and not type_.dtype.startswith("complex"):
+        raise CodecError(f"{type_} has the conjugate bit, which only complex tensors have")
     if 0 in type_.shape:
         return 0
     return math.prod(n for n, s in zip(type_.shape, type_.stride, strict=True) if s != 0)

@@ -104,7 +104,8 @@ class Frame(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True, tag="failure", tag_field="t"):
-    """Message `index` of frame `frame` failed. `writes`: it was to change a value in place, and did not."""
+    """Message `index` of frame `frame` failed. `writes`: it was to change a value in place, and did not, or
+    not wholly."""
 
     frame: int
     index: int

@@ -130,8 +130,8 @@ class WorkerSession:
         return value.failure if isinstance(value, Failed) else value
 
     def _fail(self, frame: int, index: int, message: Message, error: Exception, failures: list[Failure]) -> None:
-        """Fill the outputs of what failed with the failure. A write that fails leaves the value as it was, and
-        says so in the reply: nobody might read that value and notice."""
+        """Fill the outputs of what failed with the failure. A write that fails leaves the value as torch left it
+        (`index_fill_` may have written some rows), and says so in the reply: nobody might read it and notice."""
         writes = isinstance(message, Call) and not message.outs
         if isinstance(error, Failed):  # an argument had failed: the cause is what the caller wants to read
             cause = error.failure
