@@ -65,10 +65,11 @@ def share(tensor: torch.Tensor) -> Array:
 
 def pack(array: Array) -> Array:
     """The same array with its elements as bytes, for the wire."""
+    dtype = str(array.data.dtype).removeprefix("torch.")
+    if dtype not in ITEM_BYTES:
+        raise CodecError(f"a tensor of dtype {dtype} does not travel; convert it first, with .to(dtype)")
     value: torch.Tensor = own(array.data)
     kept = type_of(value)
-    if kept.dtype not in ITEM_BYTES:
-        raise CodecError(f"a tensor of dtype {kept.dtype} does not travel; convert it first, with .to(dtype)")
     bits = _with_bits(value.detach(), conj=False, neg=False)
     stored = bits.untyped_storage().nbytes() // bits.element_size() if 0 not in kept.shape else 0
     flat = bits.as_strided((stored,), (1,)).cpu()
