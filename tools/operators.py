@@ -20,7 +20,7 @@ REFUSED = re.compile(
     | resize\w* | _resize\w* | set | set_\w* | set_data | swap_tensors   # would re-point or grow a storage
     | from_file | _?\w*storage\w* | data | data_ptr | record_stream | .*pin_memory\w* | is_pinned
     | manual_seed | seed | initial_seed | .*_generator\w*         # the owner's randomness is its own
-    | _?cudnn\w* | \w*_cudnn_\w* | _?miopen\w* | \w*mps\w* | \w*fbgemm\w* | _cuda_\w+ | _use_cudnn\w* | _conv_depthwise2d | _triton\w*
+    | \w*cudnn\w* | _?miopen\w* | \w*mps\w* | \w*fbgemm\w* | _cuda_\w+ | _conv_depthwise2d | _triton\w*
     | _test_\w+ | _debug\w* | _print | _assert\w* | _functional_\w+ | sym_\w+ | _async\w* | _wait\w*
     | backward | _backward | retain_grad | requires_grad_ | _version | output_nr | is_leaf | retains_grad
     | _fw_primal\w* | _make_dual\w* | _unpack_dual | _has_\w+ | detach_ | _reshape_alias\w*

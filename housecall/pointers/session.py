@@ -91,20 +91,24 @@ class Slot:
         self.outbox.append((Drop(self.id), None))
 
 
-def _forget_unused(messages: list[Message]) -> None:
+def _forget_unused(messages: list[Message]) -> int:
     """A value that was sent and dropped again before anything used it need not travel: its `Put` becomes a `Drop`.
 
-    So the gradients that go along with a model cost nothing where `zero_grad` follows."""
+    So the gradients that go along with a model cost nothing where `zero_grad` follows. Returns the bytes of the
+    elements that do travel."""
     unused: dict[int, int] = {}
+    travelling = 0
     for index, message in enumerate(messages):
         kind = type(message)
         if kind is Put:
             unused[message.id] = index  # type: ignore[union-attr]  # `kind` says it is a Put
+            travelling += message.value.data.nbytes  # type: ignore[union-attr]  # as above
         elif not unused:
             continue
         elif kind is Drop:
             put = unused.pop(message.id, None)  # type: ignore[union-attr]  # as above
             if put is not None:
+                travelling -= messages[put].value.data.nbytes  # type: ignore[union-attr]  # as above
                 messages[put] = message
         elif kind is Call:
             for arg in (*message.args, *message.kwargs.values()):  # type: ignore[union-attr]  # as above
@@ -112,6 +116,7 @@ def _forget_unused(messages: list[Message]) -> None:
                     unused.pop(ref, None)
         else:
             unused.clear()
+    return travelling
 
 
 class Session:
@@ -174,13 +179,15 @@ class Session:
             messages: list[Message] = []
             sites: list[Site | None] = []
             outbox = self.outbox
+            sends = False
             while outbox:
                 message, site = outbox.popleft()
                 messages.append(message)
                 sites.append(site)
+                sends = sends or type(message) is Put
             if messages:
-                _forget_unused(messages)
-                self.bytes_sent += sum(message.value.data.nbytes for message in messages if type(message) is Put)
+                if sends:
+                    self.bytes_sent += _forget_unused(messages)
                 self.frames += 1
                 self._sites[self.frames] = sites
                 self.transport.send(Frame(self.frames, tuple(messages)))
