@@ -15,6 +15,9 @@ seen: take the array afterwards.
 
 from __future__ import annotations
 
+import ctypes
+from typing import Any
+
 import torch
 
 from ..errors import CodecError
@@ -28,6 +31,7 @@ __all__ = ["own", "pack", "share", "unpack"]
 
 # torch answers 0 for "no two elements share memory", 1 for "some do", 2 for "too hard to say".
 _NONE, _SOME = 0, 1
+_address: Any = torch._C._data_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
 _overlap = torch._debug_has_internal_overlap
 
 
@@ -64,35 +68,48 @@ def share(tensor: torch.Tensor) -> Array:
 
 
 def pack(array: Array) -> Array:
-    """The same array with its elements as bytes, for the wire."""
+    """The same array with its elements as bytes, for the wire: a view of them, copied by nobody."""
     dtype = str(array.data.dtype).removeprefix("torch.")
     if dtype not in ITEM_BYTES:
         raise CodecError(f"a tensor of dtype {dtype} does not travel; convert it first, with .to(dtype)")
-    value: torch.Tensor = own(array.data)
+    value: torch.Tensor = own(array.data if array.data.is_cpu else array.data.cpu())
     kept = type_of(value)
     bits = _with_bits(value.detach(), conj=False, neg=False)
-    stored = bits.untyped_storage().nbytes() // bits.element_size() if 0 not in kept.shape else 0
-    flat = bits.as_strided((stored,), (1,)).cpu()
-    return Array(kept, flat.view(torch.uint8).numpy().tobytes())
+    return Array(kept, _elements(bits) if 0 not in kept.shape else b"")
+
+
+def _elements(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a storage, to be read only. Asking torch for a pointer to write through would copy what is
+    shared copy-on-write, so it is asked for the other one; the memory lives as long as the view does."""
+    held = (ctypes.c_char * tensor.untyped_storage().nbytes()).from_address(_address(tensor))
+    held.tensor = tensor  # type: ignore[attr-defined]  # a ctypes object takes attributes, and lives with its view
+    return memoryview(held).cast("B").toreadonly()
 
 
 def unpack(array: Array) -> torch.Tensor:
-    """The tensor of an array that came from outside. Raises `CodecError` before anything is allocated."""
-    type_, data = check_array(array)
-    stored = len(data) // ITEM_BYTES[type_.dtype]
+    """The tensor of an array that came from outside. Raises `CodecError` before anything is allocated.
+
+    Elements that came as a blob, in a buffer of torch's (bytes), become the tensor's own memory; others are copied."""
+    type_ = check_array(array)
+    stored = len(array.data) // ITEM_BYTES[type_.dtype]
     extent = _extent(type_)
     if extent > stored:  # gaps between the elements: only a dense tensor is ever sent
         raise CodecError(f"{type_} with stride {type_.stride} needs {extent} elements of storage, {stored} came")
     try:
-        return _made(type_, data, stored)
+        return _made(type_, array.data)
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:  # a type no tensor can have
         raise CodecError(f"{type_} with stride {type_.stride} is no tensor's type: {error}") from None
 
 
-def _made(type_: TensorType, data: memoryview, stored: int) -> torch.Tensor:
+def _made(type_: TensorType, data: bytes | torch.Tensor) -> torch.Tensor:
     dtype = symbol("dtype", type_.dtype)
-    flat = torch.frombuffer(bytearray(data), dtype=dtype) if stored else torch.empty(0, dtype=dtype)
-    value = flat.as_strided(type_.shape, type_.stride) if stored else flat.new_empty_strided(type_.shape, type_.stride)
+    if not len(data):
+        return _with_bits(
+            torch.empty(0, dtype=dtype).new_empty_strided(type_.shape, type_.stride), conj=type_.conj, neg=type_.neg
+        )
+    # Cloned, since memory that torch did not allocate cannot be shared copy-on-write.
+    buffer = data if isinstance(data, torch.Tensor) else torch.frombuffer(bytearray(data), dtype=torch.uint8).clone()
+    value = buffer.view(dtype).as_strided(type_.shape, type_.stride)
     return _with_bits(value, conj=type_.conj, neg=type_.neg)
 
 

@@ -18,18 +18,20 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
+from typing import TypeVar
 
 import torch
 
 from ..errors import WorkerGone
 from ..types import Door
-from ..wire.codec import decode, encode
-from ..wire.messages import Array, Frame, Message, Put, Reply, Seed, Value
-from .arrays import pack, unpack
+from ..wire.messages import Frame, Reply
+from .parcel import Assembler, packed
 
 __all__ = ["BACKLOG", "MemoryTransport", "through_codec"]
 
 BACKLOG = 8
+
+Body = TypeVar("Body", Frame, Reply)
 
 
 class MemoryTransport:
@@ -138,49 +140,17 @@ def _whole() -> Iterator[None]:
 
 
 def through_codec(handle: Callable[[Frame], Reply]) -> Callable[[Frame], Reply]:
-    """The same door, reached through bytes."""
+    """The same door, reached through packets."""
 
-    def handle_bytes(frame: Frame) -> Reply:
-        sent = decode(encode(_packed_frame(frame)), Frame)
-        reply = handle(_unpacked_frame(sent))
-        return _unpacked_reply(decode(encode(_packed_reply(reply)), Reply))
+    def handle_packets(frame: Frame) -> Reply:
+        return _travelled(handle(_travelled(frame)))
 
-    return handle_bytes
+    return handle_packets
 
 
-def _packed_frame(frame: Frame) -> Frame:
-    return Frame(frame.number, tuple(_with_array(message, pack) for message in frame.messages))
-
-
-def _unpacked_frame(frame: Frame) -> Frame:
-    return Frame(frame.number, tuple(_with_array(message, _opened) for message in frame.messages))
-
-
-def _with_array(message: Message, change: Callable[[Array], Array]) -> Message:
-    match message:
-        case Put(id=ref, value=value):
-            return Put(ref, change(value))
-        case Seed(state=state):
-            return Seed(change(state))
-    return message
-
-
-def _opened(array: Array) -> Array:
-    return Array(None, unpack(array))
-
-
-def _packed_reply(reply: Reply) -> Reply:
-    return _with_values(reply, pack)
-
-
-def _unpacked_reply(reply: Reply) -> Reply:
-    return _with_values(reply, _opened)
-
-
-def _with_values(reply: Reply, change: Callable[[Array], Array]) -> Reply:
-    results = []
-    for result in reply.results:
-        if isinstance(result, Value):
-            result = Value(tuple(change(item) if isinstance(item, Array) else item for item in result.arrays))
-        results.append(result)
-    return Reply(reply.number, tuple(results), reply.failures)
+def _travelled(body: Body) -> Body:
+    assembler = Assembler(type(body))
+    for packet in packed(body).packets(acknowledged=0):
+        arrived = assembler.feed(packet)
+    assert arrived is not None
+    return arrived[1]

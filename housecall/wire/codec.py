@@ -1,24 +1,35 @@
 """Messages <-> bytes: MessagePack for the structure, raw little-endian bytes for elements; no pickle, no names.
 
-This file decides what bytes may mean, whichever transport will carry them. A tensor's
-`data` is a MessagePack binary of exactly `elements * item size` bytes; anything else is refused before torch
-sees it. Every decoding failure is one `CodecError`.
+This file decides what bytes may mean, whichever transport carries them. The elements of a tensor are exactly
+`elements * item size` bytes, within the message or after it; anything else is refused before torch sees it and
+before anything is allocated. Every decoding failure is one `CodecError`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import msgspec
 
 from ..errors import CodecError
 from ..types import TensorType
-from .messages import Array, Frame, Reply
+from .messages import Array, Blob, Control, Frame, Message, Put, Reply, Result, Seed, Value
 
-__all__ = ["ITEM_BYTES", "MAX_FRAME_BYTES", "check_array", "decode", "encode"]
+__all__ = [
+    "ITEM_BYTES",
+    "MAX_HEAD_BYTES",
+    "arrays",
+    "blob_sizes",
+    "check_array",
+    "decode",
+    "decode_control",
+    "encode",
+    "with_arrays",
+]
 
-MAX_FRAME_BYTES = 1 << 31
+MAX_HEAD_BYTES = 64 << 20  # of a frame without its blobs: some 500,000 calls
 
 # The closed table of dtypes that travel, with the size of an element in bytes.
 ITEM_BYTES = {
@@ -32,40 +43,94 @@ ITEM_BYTES = {
 Body = TypeVar("Body", Frame, Reply)
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODERS: dict[type, msgspec.msgpack.Decoder[Frame] | msgspec.msgpack.Decoder[Reply]] = {
+_DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
     Frame: msgspec.msgpack.Decoder(Frame),
     Reply: msgspec.msgpack.Decoder(Reply),
+    Control: msgspec.msgpack.Decoder(Control),
 }
 
 
-def encode(body: Frame | Reply) -> bytes:
-    """The bytes of a frame or reply whose arrays hold bytes."""
+def encode(body: Frame | Reply | Control) -> bytes:
+    """The bytes of a frame, a reply or a control message; the elements of its arrays are bytes or a `Blob`."""
     return _ENCODER.encode(body)
 
 
-def decode(data: bytes, body: type[Body]) -> Body:
-    """A frame or reply from bytes. Raises `CodecError` for anything else, and for arrays of the wrong size."""
-    if len(data) > MAX_FRAME_BYTES:
-        raise CodecError(f"a frame of {len(data):,} bytes; at most {MAX_FRAME_BYTES:,} are allowed")
+def decode(data: bytes | bytearray | memoryview, body: type[Body]) -> Body:
+    """A frame or reply from bytes. Raises `CodecError` for anything else."""
+    if len(data) > MAX_HEAD_BYTES:
+        raise CodecError(f"a {body.__name__} of {len(data):,} bytes; at most {MAX_HEAD_BYTES:,} are allowed")
+    return _decoded(data, body, body.__name__)  # type: ignore[no-any-return]  # _DECODERS maps each class to its own
+
+
+def decode_control(data: bytes | memoryview) -> Control:
+    """A control message from bytes. Raises `CodecError` for anything else."""
+    return _decoded(data, Control, "control message")  # type: ignore[no-any-return]  # as above
+
+
+def _decoded(data: bytes | bytearray | memoryview, kind: Any, name: str) -> Any:
     try:
-        found = _DECODERS[body].decode(data)
+        return _DECODERS[kind].decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         # msgspec lets UnicodeDecodeError out beside its own class; to a peer both are the same mistake.
-        raise CodecError(f"not a {body.__name__}: {error}") from None
-    return found  # type: ignore[return-value]  # _DECODERS maps each class to its own decoder
+        raise CodecError(f"not a {name}: {error}") from None
 
 
-def check_array(array: Array) -> tuple[TensorType, memoryview]:
-    """Type and elements of an array that came from outside. Raises `CodecError` for a lie about its size."""
+# -- the arrays of a frame or reply -----------------------------------------------------------------------
+
+
+def arrays(body: Frame | Reply) -> Iterator[Array]:
+    """Every array that a frame or reply holds, in order."""
+    for item in body.messages if isinstance(body, Frame) else body.results:
+        if isinstance(item, Put):
+            yield item.value
+        elif isinstance(item, Seed):
+            yield item.state
+        elif isinstance(item, Value):
+            yield from (array for array in item.arrays if isinstance(array, Array))
+
+
+def with_arrays(body: Body, change: Callable[[Array], Array]) -> Body:
+    """The same frame or reply with each array changed, in order."""
+    if isinstance(body, Frame):
+        return Frame(body.number, tuple([_changed(message, change) for message in body.messages]))
+    results = tuple([_changed_result(result, change) for result in body.results])
+    return Reply(body.number, results, body.failures)  # type: ignore[return-value]  # a Body that is no Frame
+
+
+def _changed(message: Message, change: Callable[[Array], Array]) -> Message:
+    kind = type(message)
+    if kind is Put:
+        return Put(message.id, change(message.value))  # type: ignore[union-attr]  # `kind` says it is a Put
+    if kind is Seed:
+        return Seed(change(message.state))  # type: ignore[union-attr]  # as above
+    return message
+
+
+def _changed_result(result: Result, change: Callable[[Array], Array]) -> Result:
+    if isinstance(result, Value):
+        return Value(tuple([change(item) if isinstance(item, Array) else item for item in result.arrays]))
+    return result
+
+
+def blob_sizes(body: Frame | Reply) -> list[int]:
+    """Check every array; the sizes of the blobs that follow, in bytes. Raises `CodecError` for a lie."""
+    sizes = []
+    for array in arrays(body):
+        check_array(array)
+        if isinstance(array.data, Blob):
+            sizes.append(array.data.size)
+    return sizes
+
+
+def check_array(array: Array) -> TensorType:
+    """The type of an array that came from outside. Raises `CodecError` for a lie about its size."""
     if array.type is None:
         raise CodecError("an array came without its type")
-    elements = _elements(array.type)
-    if not isinstance(array.data, bytes | bytearray | memoryview):
-        raise CodecError(f"the elements of {array.type} came as {type(array.data).__name__}, expected bytes")
-    expected = elements * ITEM_BYTES[array.type.dtype]
-    if len(array.data) != expected:
-        raise CodecError(f"{array.type} came with {len(array.data):,} bytes, expected {expected:,}")
-    return array.type, memoryview(array.data)
+    expected = _elements(array.type) * ITEM_BYTES[array.type.dtype]
+    found = array.data.size if isinstance(array.data, Blob) else len(array.data)
+    if found != expected:
+        raise CodecError(f"{array.type} came with {found:,} bytes, expected {expected:,}")
+    return array.type
 
 
 def _elements(type_: TensorType) -> int:

@@ -2,12 +2,13 @@
 
 What must live here: what may be asked and answered, as typed structs. What must not: torch, sockets, meaning.
 Every tensor travels as an `Array`: its type and its elements. Within one process `data` is the tensor itself,
-copied on write; on the wire it is raw little-endian bytes. There is no third form, and none of them is code.
+copied on write; on the wire it is raw little-endian bytes, within the message (few) or after it (a `Blob`).
+There is no third form, and none of them is code.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -15,17 +16,23 @@ from ..program.call import Call
 from ..types import TensorType
 
 __all__ = [
+    "Ack",
     "Array",
+    "Blob",
+    "Bye",
     "Clear",
+    "Control",
     "Describe",
     "Drop",
     "Failure",
     "Fetch",
     "Found",
     "Frame",
+    "Hello",
     "Info",
     "Message",
     "Put",
+    "Refused",
     "Reply",
     "Result",
     "Search",
@@ -33,7 +40,20 @@ __all__ = [
     "Tag",
     "Types",
     "Value",
+    "Welcome",
 ]
+
+
+class Blob(msgspec.Struct, frozen=True, array_like=True, tag="blob", tag_field="t", gc=False):
+    """Elements that follow the message: the next `size` bytes after it, in the order of its blobs."""
+
+    size: int
+
+
+if TYPE_CHECKING:
+    Elements = Any  # within one process: a torch.Tensor, which this package does not know
+else:
+    Elements = bytes | Blob
 
 
 class Array(msgspec.Struct, frozen=True, array_like=True, tag="array", tag_field="t"):
@@ -41,7 +61,7 @@ class Array(msgspec.Struct, frozen=True, array_like=True, tag="array", tag_field
     left out within one process, where `data` is the tensor."""
 
     type: TensorType | None
-    data: Any
+    data: Elements
 
 
 class Put(msgspec.Struct, frozen=True, array_like=True, tag="put", tag_field="t"):
@@ -151,3 +171,47 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
     number: int
     results: tuple[Result, ...]
     failures: tuple[Failure, ...]
+
+
+# -- how a session begins, resumes and ends: between transport and worker, no caller sees these -------------
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello", tag_field="t"):
+    """The first packet of every stream. `session` is empty for a new one, else the token that `Welcome` gave;
+    `received` is the number of the last reply that came."""
+
+    version: int
+    session: str
+    received: int
+    client: str
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome", tag_field="t"):
+    """The worker's answer: the token to resume with, the number of the last frame that came, and for how many
+    seconds an absent client's session is kept."""
+
+    version: int
+    session: str
+    received: int
+    lease_s: float
+    worker: str
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused", tag_field="t"):
+    """The worker's other answer, and its last: why it will not go on with this session."""
+
+    code: Literal["version", "identity", "session", "draining", "protocol", "limit"]
+    reason: str
+
+
+class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack", tag_field="t", gc=False):
+    """Everything up to this number has come and need not be kept."""
+
+    received: int
+
+
+class Bye(msgspec.Struct, frozen=True, array_like=True, tag="bye", tag_field="t", gc=False):
+    """The client ends the session: its slots may be freed now."""
+
+
+Control = Hello | Welcome | Refused | Ack | Bye
