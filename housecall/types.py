@@ -58,7 +58,12 @@ class Door(Protocol):
 
 
 class Transport(Protocol):
-    """Carries one session's frames to one worker: in order, each exactly once."""
+    """Carries one session's frames to one worker: in order, each exactly once. Frames are numbered from 1.
+
+    `frame_messages`: after how many messages a frame had better leave. `remote`: values travel, they are not shared."""
+
+    frame_messages: int
+    remote: bool
 
     def send(self, frame: Any) -> None:
         """Take a frame; may return before the worker has seen it. Never waits for a reply."""

@@ -16,11 +16,13 @@ import pytest
 import torch
 
 import housecall as hc
-from housecall.pointers.session import FRAME, Session
+from housecall.pointers.session import Session
+from housecall.transport.memory import MemoryTransport
 from housecall.program.call import Call
 from housecall.wire.messages import Describe, Drop, Fetch, Frame, Message, Put, Reply
 
 HERE = Path(__file__)
+FRAME = MemoryTransport.frame_messages
 
 
 class Counting:
@@ -28,6 +30,8 @@ class Counting:
 
     def __init__(self, transport: Any) -> None:
         self.transport = transport
+        self.frame_messages = transport.frame_messages
+        self.remote = transport.remote
         self.frames: list[Frame] = []
         self.received = 0
 

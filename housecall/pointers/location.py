@@ -62,6 +62,7 @@ class Location:
     def clear(self) -> None:
         """Free every value this session holds here. Pointers that are left point at nothing, and say so."""
         self._tags.clear()
+        self.session.forget()
         self.session.tell(Clear())
         self.session.wait()
 

@@ -1,7 +1,7 @@
 """A session: one ordered, asynchronous stream of messages to one worker. Nothing waits that need not.
 
 Whatever is done to a pointer becomes a message in the outbox; the outbox leaves as a frame when it holds
-`FRAME` messages or when somebody waits. A caller waits only where Python needs a value.
+`transport.frame_messages` or when somebody waits. A caller waits only where Python needs a value.
 
 NOTE [Lifetimes]
 A `Slot` is the one object that stands for a value at the worker; pointers that alias it (`detach`) share it.
@@ -16,6 +16,7 @@ frame are kept until its reply has come, then only those of calls that failed.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import linecache
 import os
@@ -30,17 +31,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..errors import OperatorError, ProtocolError
+from ..errors import OperatorError, ProtocolError, WorkerGone
 from ..program.call import Call, Items, refs
 from ..program.typing import type_of
 from ..transport.arrays import share
 from ..types import Ref, TensorType, Transport
 from ..wire.messages import Array, Describe, Drop, Failure, Fetch, Frame, Message, Put, Reply, Result, Seed
+from .kept import Kept
 from .randomness import Follower
 
-__all__ = ["FRAME", "Session", "Site", "Slot", "caller"]
-
-FRAME = 256
+__all__ = ["Session", "Site", "Slot", "caller"]
 
 
 class Site(NamedTuple):
@@ -133,11 +133,13 @@ class Session:
         # `random` cannot make them collide. Within the session they count, so none comes twice.
         self.ids = itertools.count(10**10 + secrets.randbelow(8 * 10**10))
         self.outbox: deque[tuple[Message, Site | None]] = deque()
+        self._frame_messages = transport.frame_messages
         self.frames = 0
         self.waits = 0
         self.bytes_sent = 0  # elements of tensors, either way; the calls themselves are small
         self.bytes_fetched = 0
         self.follower = Follower()
+        self._kept = Kept()
         self._sites: dict[int, list[Site | None]] = {}
         self._failed: dict[tuple[int, int], Site | None] = {}
         self._latest: Failure | None = None  # of the last wait
@@ -153,11 +155,15 @@ class Session:
             self.wait()
             if self._latest is not None:
                 raise self.error(self._latest)
-        elif len(self.outbox) >= FRAME:
+        elif len(self.outbox) >= self._frame_messages:
             self.flush()
 
     def put(self, tensor: torch.Tensor, site: Site | None = None) -> tuple[Slot, TensorType]:
         """Queue a copy of a local tensor, made when either side first writes; return its slot and type there."""
+        if self._kept:
+            kept = self._kept.slot(tensor)
+            if kept is not None:
+                return kept
         slot = Slot(self)
         array = share(tensor)
         self.outbox.append((Put(slot.id, array), site or caller()))
@@ -190,7 +196,10 @@ class Session:
                     self.bytes_sent += _forget_unused(messages)
                 self.frames += 1
                 self._sites[self.frames] = sites
-                self.transport.send(Frame(self.frames, tuple(messages)))
+                try:
+                    self.transport.send(Frame(self.frames, tuple(messages)))
+                except WorkerGone as error:
+                    raise self._gone(error) from None
 
     @property
     def busy(self) -> bool:
@@ -223,7 +232,7 @@ class Session:
             if self._sites:
                 self.waits += 1
             while self._sites:
-                reply = self.transport.receive()
+                reply = self._received()
                 results.extend(reply.results)
                 unnoticed.extend(self._settle(reply))
             if unnoticed:
@@ -239,6 +248,8 @@ class Session:
                 raise self.error(item)
         values = [item.data for item in arrays if isinstance(item, Array)]
         self.bytes_fetched += sum(value.nbytes for value in values)
+        if self.transport.remote:
+            self._kept.keep(slots, values)
         return values
 
     def describe(self, slots: Iterable[Slot]) -> list[Any]:
@@ -254,21 +265,43 @@ class Session:
         site = self._failed.get((failure.frame, failure.index))
         return OperatorError(self.location.id, failure.operator, failure.reason, str(site) if site else "")
 
+    def forget(self) -> None:
+        """Let go of values that came home but whose slots still stand at the worker. See `kept`."""
+        self._kept.clear()
+
     def close(self) -> None:
         """End the session; the worker frees its slots."""
         Session.live.discard(self)
+        self._kept.clear()
         self.outbox.clear()
         self.transport.close()
 
     def _start(self) -> None:
         """Let what is queued run beside whoever waits for another session. A session that another thread is busy
-        with is left to that thread: to wait for its lock while holding one's own is how two threads get stuck."""
+        with is left to that thread: to wait for its lock while holding one's own is how two threads get stuck. That
+        its worker is gone is for whoever waits for it to hear."""
         if self._lock.acquire(blocking=False):
             try:
-                self.flush()
-                self.transport.start()
+                with contextlib.suppress(WorkerGone):
+                    self.flush()
+                    self.transport.start()
             finally:
                 self._lock.release()
+
+    def _received(self) -> Reply:
+        try:
+            reply: Reply = self.transport.receive()
+            return reply
+        except WorkerGone as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: WorkerGone) -> WorkerGone:
+        """The same error with what was lost; nobody starts this session's work any more."""
+        Session.live.discard(self)
+        sites = [site for frame in self._sites.values() for site in frame if site is not None]
+        if not sites:
+            return error
+        return WorkerGone(f"{error}. Unanswered: {len(sites)} messages, the oldest issued at {sites[0]}")
 
     def _settle(self, reply: Reply) -> list[Failure]:
         """Forget the lines of an answered frame but those of failures; return the failures nobody would see."""

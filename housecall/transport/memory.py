@@ -40,6 +40,9 @@ class MemoryTransport:
     `codec=True` puts every frame and reply through bytes and back: what a remote worker would have seen.
     """
 
+    frame_messages = 256
+    remote = False
+
     def __init__(self, door: Door, *, name: str = "worker", codec: bool = False) -> None:
         self._door = door
         self._name = name

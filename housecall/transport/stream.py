@@ -62,6 +62,7 @@ class StreamTransport:
     `patience` is for how many seconds a lost worker is tried again; `clock` and `sleep` are time's. Raises
     `WorkerGone` if the worker cannot be reached or refuses."""
 
+    remote = True
     frame_messages = 64  # a frame leaves early, so that the worker computes while the caller still issues
 
     def __init__(

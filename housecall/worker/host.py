@@ -104,6 +104,7 @@ class Host:
         self,
         worker: Worker,
         *,
+        threads: int = 0,
         lease_s: float = 300.0,
         frame_bytes: int = MAX_BLOB_BYTES,
         seats: int = 4096,
@@ -113,10 +114,11 @@ class Host:
         self.worker = worker
         self.lease_s = lease_s
         self.counters: Counter[str] = Counter()
-        self._frame_bytes, self._most_seats, self._admits, self._clock = frame_bytes, seats, admits, clock
+        self.admits = admits
+        self._frame_bytes, self._most_seats, self._clock = frame_bytes, seats, clock
         self._seats: dict[str, Seat] = {}
         self._lock = threading.Lock()
-        self._turns = Turns()
+        self.turns = Turns(threads)
         self._draining = False
         self._closed = threading.Event()
         self._janitor = threading.Thread(target=self._expire_now_and_then, name="housecall-leases", daemon=True)
@@ -183,7 +185,7 @@ class Host:
         arrived = assembler.feed(packet)
         if arrived is None:
             return
-        if not self._admits(principal):
+        if not self.admits(principal):
             raise _Refusal("identity", "no longer admits this identity: it was revoked or has expired")
         begun, frame = arrived
         self.counters["bytes_in"] += assembler.nbytes
@@ -195,7 +197,7 @@ class Host:
                 self.counters["messages"] += len(frame.messages)
                 seat.inbox.append(frame)
         if fresh:
-            self._turns.add(seat)
+            self.turns.add(seat)
         with seat.changed:
             seat.changed.wait_for(lambda: len(seat.inbox) < INBOX_FRAMES or seat.end is not None)
 
@@ -207,7 +209,7 @@ class Host:
             raise _Refusal(
                 "version", f"speaks version {PROTOCOL} of the protocol, not {hello.version}: upgrade the older side"
             )
-        if not self._admits(principal):
+        if not self.admits(principal):
             raise _Refusal("identity", "does not admit this identity: it was revoked or has expired")
         with self._lock:
             seat = self._seats.get(hello.session) if hello.session else self._opened(str(principal))
@@ -274,7 +276,7 @@ class Host:
         """Take no new sessions, do what has come, tell everybody; whether all was done within `timeout` seconds."""
         with self._lock:
             self._draining = True
-        done = self._turns.wait_idle(timeout)
+        done = self.turns.wait_idle(timeout)
         self.close()
         return done
 
@@ -283,7 +285,7 @@ class Host:
         self._closed.set()
         for seat in self.seats:
             self.end(seat, Refused("draining", "was shut down"))
-        self._turns.close()
+        self.turns.close()
 
 
 class _Reader:

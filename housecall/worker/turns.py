@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import torch
+
 from ..program.run import computing
 
 __all__ = ["Job", "Turns"]
@@ -26,10 +28,14 @@ class Job(Protocol):
 
 
 class Turns:
-    """Runs jobs in turn on a thread of its own, until `close`."""
+    """Runs jobs in turn on a thread of its own, until `close`. `threads` is torch's, within one operation; 0 leaves
+    it as it is. `busy_s` is the time spent so far."""
 
-    def __init__(self, slice_s: float = 0.02, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._slice_s, self._clock = slice_s, clock
+    def __init__(
+        self, threads: int = 0, slice_s: float = 0.02, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.busy_s = 0.0
+        self._threads, self._slice_s, self._clock = threads, slice_s, clock
         self._changed = threading.Condition()
         self._ring: deque[Job] = deque()
         self._waiting: set[int] = set()  # ids of the jobs in the ring
@@ -60,6 +66,8 @@ class Turns:
             self._thread.join()
 
     def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)  # torch keeps it for each thread
         while True:
             with self._changed:
                 self._running = False
@@ -75,10 +83,16 @@ class Turns:
 
     def _slice(self, job: Job) -> bool:
         """One slice of a job; whether it has more to do."""
-        until = self._clock() + self._slice_s
+        started = self._clock()
+        try:
+            return self._until(job, started + self._slice_s)
+        finally:
+            self.busy_s += self._clock() - started
+
+    def _until(self, job: Job, end: float) -> bool:
         while (steps := job.steps()) is not None:
             with computing():
                 for _ in steps:
-                    if self._clock() >= until:
+                    if self._clock() >= end:
                         return True
         return False

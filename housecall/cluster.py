@@ -1,0 +1,158 @@
+"""`LocalCluster`: worker processes on this machine, over the same mutual TLS as anywhere else.
+
+Everything is real and short-lived: an authority, a certificate for each worker and for the caller, a process for
+each worker, in a temporary folder that goes with the cluster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from .errors import UsageError, WorkerGone
+from .identity.authority import Authority
+from .identity.certificate import Identity
+from .remote import RemoteWorker, reach
+from .worker.config import Config
+
+__all__ = ["ClusterWorker", "LocalCluster"]
+
+START_S = 60.0
+
+
+class ClusterWorker(RemoteWorker):
+    """A worker of a `LocalCluster`. `pid` is its process."""
+
+    def __init__(self, pid: int, address: str, identity: Identity, **options: Any) -> None:
+        url = f"grpcs://{address}"
+        super().__init__(reach(url, identity), url, **options)
+        self.pid = pid
+
+    def __repr__(self) -> str:
+        return f"<ClusterWorker id:{self.id} pid:{self.pid} at {self.address}>"
+
+
+class LocalCluster:
+    """Worker processes on this machine: `with LocalCluster(2) as (westside, grapevine): ...`.
+
+    `workers` is a number, or their names. `threads` is how many each computes with: by default they share the cores
+    equally, since two that compete for one lose much more than half. `settings` are keys of `worker.toml`
+    (`lease_s=5`, `limits={"slots": 100}`). The processes end with the `with` block, or with this process."""
+
+    def __init__(
+        self,
+        workers: int | Sequence[str] = 2,
+        *,
+        threads: int | None = None,
+        synchronous: bool = False,
+        patience: float = 10.0,
+        **settings: Any,
+    ) -> None:
+        names = [f"worker-{number}" for number in range(1, workers + 1)] if isinstance(workers, int) else list(workers)
+        if not names or len(set(names)) != len(names):
+            raise UsageError(f"a cluster needs at least one worker, each with a name of its own; found {workers!r}")
+        cores = len(os.sched_getaffinity(0))
+        self.folder = Path(tempfile.mkdtemp(prefix="housecall-"))
+        self.workers: tuple[ClusterWorker, ...] = ()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            authority = Authority.create(self.folder / "authority", "local-cluster")
+            self.identity = authority.identity("me", "scientist", ())
+            settings = {"threads": threads or max(1, cores // len(names)), **settings}
+            for name in names:
+                self._prepare(authority, name, settings)
+            self._processes = [self._started(name, int(settings["threads"])) for name in names]
+            addresses = [self._address(process) for process in self._processes]
+            self.workers = tuple(
+                ClusterWorker(process.pid, address, self.identity, synchronous=synchronous, patience=patience)
+                for process, address in zip(self._processes, addresses, strict=True)
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def __iter__(self) -> Iterator[ClusterWorker]:
+        return iter(self.workers)
+
+    def __len__(self) -> int:
+        return len(self.workers)
+
+    def __getitem__(self, at: int | str) -> ClusterWorker:
+        """A worker by number or name."""
+        for number, worker in enumerate(self.workers):
+            if at in (number, worker.id):
+                return worker
+        raise KeyError(f"no worker {at!r}; there are {', '.join(worker.id for worker in self.workers)}")
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def log(self, name: str) -> str:
+        """What a worker's process has logged so far."""
+        return (self.folder / f"{name}.log").read_text(errors="replace")
+
+    def close(self) -> None:
+        """End the sessions, drain the processes, remove the folder. Harmless when done already."""
+        for worker in self.workers:
+            with contextlib.suppress(WorkerGone):
+                worker.close()
+        self.workers = ()
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+        for process in self._processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        self._processes = []
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _prepare(self, authority: Authority, name: str, settings: dict[str, Any]) -> None:
+        folder = self.folder / name
+        Config.create(folder, name, "127.0.0.1:0")
+        text = msgspec.toml.encode({"name": name, "listen": "127.0.0.1:0", **settings}).decode()
+        Config.parse(text, "LocalCluster")
+        (folder / "worker.toml").write_text(text)
+        authority.identity(name, "worker", ("127.0.0.1", "localhost")).save(folder / "identity")
+
+    def _started(self, name: str, threads: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "housecall.service", str(self.folder / name), "--parent", str(os.getpid())]
+        quiet = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        with (self.folder / f"{name}.log").open("wb") as log:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env={**os.environ, **quiet})
+
+    def _address(self, process: subprocess.Popen[bytes]) -> str:
+        assert process.stdout is not None
+        started = time.monotonic()
+        while not select.select([process.stdout], [], [], 0.1)[0]:
+            if process.poll() is not None or time.monotonic() - started > START_S:
+                break
+        line = process.stdout.readline() if process.poll() is None else b""
+        if not line:
+            logs = "\n".join(path.read_text(errors="replace") for path in self.folder.glob("*.log"))
+            raise WorkerGone(f"a worker of the cluster did not start within {START_S:g} s:\n{logs}")
+        address: str = json.loads(line)["address"]
+        return address

@@ -1,0 +1,211 @@
+"""A worker that runs: from its folder to a listening process, and to its end.
+
+    folder/worker.toml   what its owner decided          folder/identity/   key, certificate, authority, revocations
+    folder/data/         the owned data                  folder/status.json what it says of itself, each second
+
+`housecall worker up` runs one in the foreground, `LocalCluster` some in the background; `python -m housecall.service
+FOLDER` is what both start. SIGTERM and Ctrl-C drain it: no new sessions, what has come is done and answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .errors import HousecallError, IdentityError, UsageError
+from .identity.certificate import Identity, Principal, principal, server_credentials, utc_now
+from .identity.revocation import Revocations
+from .transport.grpc import Address, Listener, is_loopback
+from .worker.config import Config
+from .worker.host import Host
+from .worker.worker import Worker
+
+__all__ = ["STATUS_FILE", "Service", "main", "run"]
+
+STATUS_FILE = "status.json"
+DRAIN_S = 20.0  # how long the end may take: as long as most supervisors wait before they kill
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """A worker of a folder, listening from the moment it is made.
+
+    `listen` stands in for the folder's own address ("HOST:PORT", port 0 for any); `plaintext` serves without TLS to
+    anyone who can connect, `anonymous` by name: only on this machine, unless `plaintext` is said of another address
+    on purpose. Raises `UsageError` or `IdentityError` for a folder that cannot be served."""
+
+    def __init__(self, folder: str | os.PathLike[str], *, listen: str = "", plaintext: bool = False) -> None:
+        self.folder = Path(folder)
+        self.config = config = Config.load(self.folder)
+        self.threads = config.threads or max(1, len(os.sched_getaffinity(0)))
+        self.started = time.time()
+        host, _, port = (listen or config.listen).rpartition(":")
+        where = Address(host.strip("[]"), int(port), secure=not plaintext)
+        torch.set_num_threads(self.threads)
+        self.host = Host(
+            Worker(config.name),
+            threads=self.threads,
+            lease_s=config.lease_s,
+            frame_bytes=config.limits.frame_mb * 1_000_000,
+            admits=lambda who: True,
+        )
+        try:
+            self._listener = self._listening(where)
+        except BaseException:
+            self.host.close()
+            raise
+
+    @property
+    def address(self) -> Address:
+        """Where it listens."""
+        return self._listener.address
+
+    def _listening(self, where: Address) -> Listener:
+        if not where.secure:
+            if not is_loopback(where.host):
+                log.warning("serving %s in plain text: whoever reaches it sees and may do everything", where)
+            return Listener(where, self.host.serve, None, lambda context: "anonymous")
+        source = _Renewed(self.folder / self.config.identity.folder)
+        revocations = Revocations(self.folder / self.config.identity.crl, source().ca)
+
+        def admits(who: Principal) -> bool:
+            return not revocations.revoked(who.serial) and utc_now() < who.not_after
+
+        def identified(context: Any) -> Principal:
+            try:
+                return principal(context, utc_now())
+            except IdentityError as error:
+                raise PermissionError(str(error)) from None
+
+        self.host.admits = admits
+        return Listener(where, self.host.serve, server_credentials(source), identified)
+
+    def status(self) -> dict[str, Any]:
+        """What it says of itself: no values, no names of values."""
+        seats = self.host.seats
+        return {
+            "worker": self.config.name,
+            "version": __version__,
+            "pid": os.getpid(),
+            "address": str(self.address),
+            "tls": self.address.secure,
+            "started": self.started,
+            "now": time.time(),
+            "threads": self.threads,
+            "device": self.config.device,
+            "memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "sessions": [
+                {
+                    "principal": seat.principal,
+                    "connected": seat.stream != 0,
+                    "slots": len(seat.door.store),
+                    "frames": seat.line.received,
+                    "waiting": len(seat.inbox),
+                }
+                for seat in seats
+            ],
+            "busy_s": round(self.host.turns.busy_s, 3),
+            "counters": dict(self.host.counters),
+        }
+
+    def write_status(self) -> None:
+        """`status.json`, whole at every moment."""
+        path = self.folder / STATUS_FILE
+        beside = path.with_suffix(".new")
+        beside.write_text(json.dumps(self.status(), indent=1))
+        beside.replace(path)
+
+    def close(self, drain_s: float = DRAIN_S) -> bool:
+        """Drain and end; whether all that had come was done."""
+        done = self.host.drain(drain_s)
+        self._listener.close(grace=2.0)
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / STATUS_FILE).unlink()
+        return done
+
+
+class _Renewed:
+    """The identity in a folder, read again when its files change."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._identity = Identity.load(folder)
+        self._stamp = self._stat()
+
+    def __call__(self) -> Identity:
+        stamp = self._stat()
+        if stamp != self._stamp:
+            self._identity, self._stamp = Identity.load(self._folder), stamp
+        return self._identity
+
+    def _stat(self) -> tuple[tuple[str, int], ...]:
+        return tuple(sorted((path.name, path.stat().st_mtime_ns) for path in self._folder.glob("*.pem")))
+
+
+def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain. With `parent`, also until that process is gone."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    service.write_status()
+    announce(json.dumps({"worker": service.config.name, "address": str(service.address), "pid": os.getpid()}))
+    while not stop.wait(1.0):
+        service.write_status()
+        if parent and os.getppid() != parent:
+            break
+    service.close()
+
+
+def keep_memory() -> None:
+    """Let glibc keep freed pages: training frees and takes the same megabytes each batch, and fetching them anew from
+    the system costs up to a tenth of a CNN's batch. Elsewhere than on glibc nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # malloc.h
+        mallopt(trim_threshold, 1 << 30)
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(arena_max, 1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the worker of a folder; one line of JSON on standard output says when it listens and where."""
+    parser = argparse.ArgumentParser(prog="python -m housecall.service", description=main.__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--listen", default="", help="HOST:PORT instead of the folder's; port 0 for any")
+    parser.add_argument("--plaintext", action="store_true", help="without TLS")
+    parser.add_argument("--parent", type=int, default=0, help="end when this process is no longer the parent")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    keep_memory()
+    try:
+        service = Service(given.folder, listen=given.listen, plaintext=given.plaintext)
+    except HousecallError as error:
+        sys.stderr.write(f"housecall: {error}\n")
+        return 1
+
+    def announce(line: str) -> None:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+    run(service, announce, parent=given.parent)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
