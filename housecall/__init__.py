@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import datasets as datasets
+    from .cluster import LocalCluster as LocalCluster
     from .datasets import MNIST as MNIST
     from .datasets import transforms as transforms
     from .errors import (
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from .errors import (
         HousecallError as HousecallError,
     )
+    from .errors import (
+        IdentityError as IdentityError,
+    )
+    from .errors import LimitError as LimitError
     from .errors import (
         OperatorError as OperatorError,
     )
@@ -44,13 +49,17 @@ if TYPE_CHECKING:
     from .errors import (
         WorkerGone as WorkerGone,
     )
+    from .identity.certificate import Identity as Identity
     from .pointers.data import FederatedDataLoader as FederatedDataLoader
     from .pointers.data import FederatedDataset as FederatedDataset
     from .pointers.hook import TorchHook as TorchHook
+    from .pointers.owned import OwnedDataset as OwnedDataset
     from .pointers.tensor import PointerTensor as PointerTensor
     from .pointers.tensor import send as send
     from .program.call import Call as Call
     from .program.call import Program as Program
+    from .remote import RemoteWorker as RemoteWorker
+    from .remote import connect as connect
     from .virtual import VirtualWorker as VirtualWorker
 
 __version__ = "0.1.0"
@@ -62,19 +71,26 @@ _HOME = {
     "FederatedDataLoader": "pointers.data",
     "FederatedDataset": "pointers.data",
     "HousecallError": "errors",
+    "Identity": "identity.certificate",
+    "IdentityError": "errors",
+    "LimitError": "errors",
+    "LocalCluster": "cluster",
     "MNIST": "datasets",
     "OperatorError": "errors",
+    "OwnedDataset": "pointers.owned",
     "PlaceError": "errors",
     "PointerTensor": "pointers.tensor",
     "Program": "program.call",
     "ProgramError": "errors",
     "ProtocolError": "errors",
+    "RemoteWorker": "remote",
     "SpentPointerError": "errors",
     "TorchHook": "pointers.hook",
     "UnknownOperator": "errors",
     "UsageError": "errors",
     "VirtualWorker": "virtual",
     "WorkerGone": "errors",
+    "connect": "remote",
     "send": "pointers.tensor",
 }
 

@@ -7,9 +7,11 @@
     ├── ProgramError (ValueError)          a program breaks a rule; names the call
     │   └── UnknownOperator                an operator that is not in the closed table
     ├── OperatorError (RuntimeError)       an operator failed at its worker
+    ├── LimitError                         more than a worker's owner lets one session use
     ├── ProtocolError                      bytes or messages that no honest peer would send
     │   └── CodecError                     bytes that are not a message
     ├── WorkerGone (ConnectionError)       a worker that cannot answer any more
+    ├── IdentityError                      who somebody is was not shown, or is refused
     └── DataError                          a data set that is missing, damaged or unfit
 
 A message says which thing, what was found, what was expected, and what to do next.
@@ -21,6 +23,8 @@ __all__ = [
     "CodecError",
     "DataError",
     "HousecallError",
+    "IdentityError",
+    "LimitError",
     "OperatorError",
     "PlaceError",
     "ProgramError",
@@ -69,6 +73,10 @@ class OperatorError(HousecallError, RuntimeError):
         super().__init__(f"{operator} failed at worker '{worker}': {reason}{issued}")
 
 
+class LimitError(HousecallError):
+    """More memory, slots or computing time than a worker's owner lets one session use: refused before it ran."""
+
+
 class ProtocolError(HousecallError):
     """A message that no honest peer would send."""
 
@@ -79,6 +87,11 @@ class CodecError(ProtocolError):
 
 class WorkerGone(HousecallError, ConnectionError):
     """The worker cannot answer any more; its values are lost, the caller's are not."""
+
+
+class IdentityError(HousecallError):
+    """Who somebody is was not shown, or is refused: a key, certificate, invitation or revocation list that is missing,
+    damaged, over, or another's."""
 
 
 class DataError(HousecallError):

@@ -27,12 +27,15 @@ from typing import Any
 import torch
 
 from . import __version__
-from .errors import HousecallError, IdentityError, UsageError
-from .identity.certificate import Identity, Principal, principal, server_credentials, utc_now
+from .errors import HousecallError, IdentityError
+from .identity.certificate import Principal, principal, server_credentials, utc_now
+from .identity.keeper import Keeper
 from .identity.revocation import Revocations
 from .transport.grpc import Address, Listener, is_loopback
+from .worker.catalogue import Catalogue
 from .worker.config import Config
 from .worker.host import Host
+from .worker.limits import Limits
 from .worker.worker import Worker
 
 __all__ = ["STATUS_FILE", "Service", "main", "run"]
@@ -54,16 +57,17 @@ class Service:
         self.folder = Path(folder)
         self.config = config = Config.load(self.folder)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)))
+        self.catalogue = Catalogue(self.folder)
         self.started = time.time()
+        self._closing = threading.Event()
         host, _, port = (listen or config.listen).rpartition(":")
         where = Address(host.strip("[]"), int(port), secure=not plaintext)
         torch.set_num_threads(self.threads)
         self.host = Host(
-            Worker(config.name),
+            Worker(config.name, _limits(config), catalogue=self.catalogue),
             threads=self.threads,
             lease_s=config.lease_s,
             frame_bytes=config.limits.frame_mb * 1_000_000,
-            admits=lambda who: True,
         )
         try:
             self._listener = self._listening(where)
@@ -81,8 +85,9 @@ class Service:
             if not is_loopback(where.host):
                 log.warning("serving %s in plain text: whoever reaches it sees and may do everything", where)
             return Listener(where, self.host.serve, None, lambda context: "anonymous")
-        source = _Renewed(self.folder / self.config.identity.folder)
-        revocations = Revocations(self.folder / self.config.identity.crl, source().ca)
+        keeper = Keeper(self.folder / self.config.identity.folder)
+        revocations = Revocations(self.folder / self.config.identity.crl, keeper.current().ca)
+        threading.Thread(target=keeper.run, args=(self._closing,), name="housecall-keeper", daemon=True).start()
 
         def admits(who: Principal) -> bool:
             return not revocations.revoked(who.serial) and utc_now() < who.not_after
@@ -94,7 +99,7 @@ class Service:
                 raise PermissionError(str(error)) from None
 
         self.host.admits = admits
-        return Listener(where, self.host.serve, server_credentials(source), identified)
+        return Listener(where, self.host.serve, server_credentials(keeper.current), identified)
 
     def status(self) -> dict[str, Any]:
         """What it says of itself: no values, no names of values."""
@@ -115,6 +120,7 @@ class Service:
                     "principal": seat.principal,
                     "connected": seat.stream != 0,
                     "slots": len(seat.door.store),
+                    "mb": round(seat.door.store.held / 1e6, 1),
                     "frames": seat.line.received,
                     "waiting": len(seat.inbox),
                 }
@@ -133,6 +139,7 @@ class Service:
 
     def close(self, drain_s: float = DRAIN_S) -> bool:
         """Drain and end; whether all that had come was done."""
+        self._closing.set()
         done = self.host.drain(drain_s)
         self._listener.close(grace=2.0)
         with contextlib.suppress(FileNotFoundError):
@@ -140,22 +147,16 @@ class Service:
         return done
 
 
-class _Renewed:
-    """The identity in a folder, read again when its files change."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._identity = Identity.load(folder)
-        self._stamp = self._stat()
-
-    def __call__(self) -> Identity:
-        stamp = self._stat()
-        if stamp != self._stamp:
-            self._identity, self._stamp = Identity.load(self._folder), stamp
-        return self._identity
-
-    def _stat(self) -> tuple[tuple[str, int], ...]:
-        return tuple(sorted((path.name, path.stat().st_mtime_ns) for path in self._folder.glob("*.pem")))
+def _limits(config: Config) -> Limits:
+    """The limits of worker.toml, in the worker's own units."""
+    given = config.limits
+    return Limits(
+        session_bytes=given.session_mb * 1_000_000,
+        slots=given.slots,
+        call_bytes=given.call_mb * 1_000_000,
+        compute_s=given.compute_s,
+        reply_bytes=given.frame_mb * 1_000_000,
+    )
 
 
 def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,21 @@ class VirtualWorker(Location):
         self._door = self.worker.open("me")
         transport = MemoryTransport(self._door, name=id, codec=codec)
         super().__init__(id, Session(transport, self, synchronous=synchronous))
+
+    def add(
+        self,
+        name: str,
+        *,
+        tags: Sequence[str] = (),
+        description: str = "",
+        replace: bool = False,
+        **columns: torch.Tensor,
+    ) -> None:
+        """Register a data set of the worker's owner: `worker.add("heart", x=table, y=labels, tags=["#heart"])`.
+
+        Columns are tensors with as many records each, (records, ...). Any session finds the set with `search` and
+        `dataset`, and none can write to it. Raises `DataError` or `UsageError` for what cannot be one."""
+        self.worker.catalogue.register(name, columns, tags, description, replace=replace)
 
     @property
     def _objects(self) -> dict[int, torch.Tensor]:

@@ -25,7 +25,7 @@ class _Stepping:
     def work(self, frame: Frame) -> Iterator[None]:
         yield
         reply: Reply = self._door.handle(frame)
-        return reply  # noqa: B901  # a generator's value
+        return reply  # a generator's value
 
     def close(self) -> None:
         self._door.close()

@@ -19,15 +19,24 @@ BELOW = {
     "types": set(),
     "errors": set(),
     "datasets": {"errors"},
+    "identity": {"errors"},
     "program": {"types", "errors"},
     "wire": {"program", "types", "errors"},
     "transport": {"wire", "program", "types", "errors"},
     "worker": {"transport", "wire", "program", "types", "errors"},
     "pointers": {"transport", "wire", "program", "types", "errors"},
     "virtual": {"pointers", "worker", "transport", "wire", "program", "types", "errors"},
-    "cli": {"virtual", "pointers", "worker", "transport", "wire", "program", "types", "errors", "datasets", ""},
-}
-TORCH_IN_PROGRAM = {"program/run.py", "program/typing.py"}
+    "remote": {"pointers", "identity", "transport", "wire", "program", "types", "errors", ""},
+    "metrics": set(),
+    "service": {"worker", "identity", "transport", "wire", "program", "types", "errors", ""},
+    "cluster": {"remote", "pointers", "worker", "identity", "transport", "wire", "program", "types", "errors"},
+    "testing": {"remote", "pointers", "worker", "identity", "transport", "wire", "program", "types", "errors"},
+    "cli": {
+        "virtual", "remote", "metrics", "service", "cluster", "pointers", "worker", "identity", "transport", "wire",
+        "program", "types", "errors", "datasets", "",
+    },
+}  # fmt: skip
+TORCH_IN_PROGRAM = {"program/forecast.py", "program/outcome.py", "program/run.py", "program/typing.py"}
 
 
 def tree(name: str) -> ast.Module:
@@ -133,6 +142,8 @@ def test_an_auditor_can_read_the_table_without_torch() -> None:
 LAZY = {
     "datasets/fetch.py": {"rich.console", "rich.progress"},  # a progress bar, for downloads
     "datasets/mnist.py": {"PIL"},  # comes with matplotlib; without it images stay arrays
+    "worker/readers/images.py": {"PIL"},  # reading npz must not need it
+    "worker/readers/parquet.py": {"pyarrow"},  # an extra: 100 MB that few workers need
 }
 
 

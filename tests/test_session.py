@@ -17,8 +17,8 @@ import torch
 
 import housecall as hc
 from housecall.pointers.session import Session
-from housecall.transport.memory import MemoryTransport
 from housecall.program.call import Call
+from housecall.transport.memory import MemoryTransport
 from housecall.wire.messages import Describe, Drop, Fetch, Frame, Message, Put, Reply
 
 HERE = Path(__file__)

@@ -18,6 +18,9 @@ REFUSED = re.compile(
     r"""^(
       empty | empty_\w+ | new_empty\w* | _empty_\w+               # would read memory that others left behind
     | resize\w* | _resize\w* | set | set_\w* | set_data | swap_tensors   # would re-point or grow a storage
+    | as_strided\w* | _efficientzerotensor                     # would reach past a value, or have no storage
+    | _sobol_engine\w*                                         # loops as often as an argument says
+    | _cum(max|min)_helper                                     # write without looking how much there is to write to
     | from_file | _?\w*storage\w* | data | data_ptr | record_stream | .*pin_memory\w* | is_pinned
     | manual_seed | seed | initial_seed | .*_generator\w*         # the owner's randomness is its own
     | \w*cudnn\w* | _?miopen\w* | \w*mps\w* | \w*fbgemm\w* | _cuda_\w+ | _conv_depthwise2d | _triton\w*
@@ -66,10 +69,13 @@ def line(name: str, overload: str) -> str | None:
         return None
     if not allowed(operator._schema):
         return None
+    dynamic = torch.Tag.dynamic_output_shape in operator.tags
+    if dynamic and overload.endswith("out"):  # would resize what it is given by what it finds in it
+        return None
     marks = []
     if torch.Tag.nondeterministic_seeded in operator.tags:
         marks.append("random")
-    if torch.Tag.dynamic_output_shape in operator.tags:
+    if dynamic:
         marks.append("dynamic")
     if torch.Tag.inplace_view in operator.tags:
         marks.append("reshapes")

@@ -8,7 +8,10 @@ import typer
 
 from .. import __version__
 from ..errors import HousecallError
+from . import ca, worker
 from .demo import demo
+from .status import status
+from .up import up
 
 __all__ = ["app", "main"]
 
@@ -16,6 +19,10 @@ app = typer.Typer(
     help="Train PyTorch models on data that stays with its owners.", no_args_is_help=True, add_completion=False
 )
 app.command()(demo)
+worker.app.command()(up)
+worker.app.command()(status)
+app.add_typer(worker.app, name="worker")
+app.add_typer(ca.ca, name="ca")
 
 
 @app.callback(invoke_without_command=True)

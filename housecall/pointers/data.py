@@ -64,6 +64,10 @@ class FederatedDataset:
         held = ", ".join(part.location.id for part in self.parts)
         raise KeyError(f"no part at {getattr(location, 'id', location)!r}; there are parts at: {held}")
 
+    def __add__(self, other: FederatedDataset) -> FederatedDataset:
+        """The records of both, each where it lies."""
+        return FederatedDataset((*self.parts, *other.parts))
+
     def __repr__(self) -> str:
         parts = ", ".join(f"{part.location.id}: {len(part):,}" for part in self.parts)
         return f"FederatedDataset({len(self):,} records; {parts})"
@@ -80,7 +84,7 @@ class FederatedDataLoader:
 
     def __init__(
         self,
-        dataset: FederatedDataset,
+        dataset: FederatedDataset | Sequence[FederatedDataset],
         batch_size: int = 8,
         shuffle: bool = False,
         drop_last: bool = False,
@@ -94,6 +98,8 @@ class FederatedDataLoader:
                 f"FederatedDataLoader has no option {', '.join(sorted(others))}: batches are made at the workers. "
                 "Its options are batch_size, shuffle, drop_last, interleave and generator"
             )
+        if isinstance(dataset, list | tuple) and dataset and all(isinstance(one, FederatedDataset) for one in dataset):
+            dataset = FederatedDataset([part for one in dataset for part in one.parts])
         if not isinstance(dataset, FederatedDataset):
             hint = (
                 "call .federate((a, b)) on it first" if isinstance(dataset, Dataset) else "expected a FederatedDataset"

@@ -6,6 +6,7 @@ one. It does not know the pointer's methods: `cls` is the pointer class, passed 
 NOTE [Operators that are not sent as they come]
 `detach`, `alias`    share the slot: no data moves, so nothing is sent
 `empty_like`, ...    become zeros: a worker never hands out memory that others left behind
+`as_strided`         becomes views that stay within the value (`strided`): a worker does not reach past one
 `t_`, `squeeze_`, ...  become their plain forms, and the pointer then points to the result: slots are shared, so
                      a slot's own shape must not change under the others
 `item`               fetches
@@ -24,9 +25,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import PlaceError, UnknownOperator, UsageError
 from ..program.call import HOLE, Arg, Call, Complex, Items, Symbol
 from ..program.ops import Return, operator
+from ..program.outcome import UNTYPED, Outcome, Spec, infer, spec, stand_in
 from ..program.typing import meta
 from .session import Session, Slot
-from .typing import UNTYPED, Outcome, Spec, infer, spec, stand_in
+from .strided import dense_order, steps
 
 __all__ = ["dispatch", "point"]
 
@@ -66,7 +68,7 @@ class _Rule:
         self.function = func
         self.special: Callable[..., Any] | None = _SPECIAL.get(func)
         if self.special is not None and self.name.split(".")[0] in _REWRITTEN:
-            self.operator = operator("zeros_like.default")
+            self.operator = operator("zeros_like.default")  # as good as any: it is not sent under its own name
         elif func.namespace != "aten":
             raise UnknownOperator(f"operator '{func.name()}' is not torch's own (aten), and only those are allowed")
         else:
@@ -350,7 +352,7 @@ def _item(slot: Slot) -> Any:
 # -- operators that are not sent as they come: see the NOTE -----------------------------------------------
 
 
-def _share(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
+def _share(cls: Any, rule: _Rule | None, args: Any, kwargs: dict[str, Any]) -> Any:
     pointer = args[0]
     _ = pointer._slot.session
     return point(cls, pointer._slot, pointer._spec)
@@ -371,9 +373,44 @@ def _zeros(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
             return dispatch(cls, aten.new_zeros.default, args, kwargs)
         case _:
             size, stride = args[1], args[2]
+            order = dense_order(size, stride) if 0 not in size else None
+            if order is not None:
+                zeros = dispatch(cls, aten.new_zeros.default, (args[0], [size[dim] for dim in order]), kwargs)
+                back = sorted(range(len(order)), key=lambda at: order[at])
+                return zeros if back == order else dispatch(cls, aten.permute.default, (zeros, back), {})
             extent = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
             flat = dispatch(cls, aten.new_zeros.default, (args[0], [extent]), kwargs)
-            return dispatch(cls, aten.as_strided.default, (flat, size, stride), {})
+            return _strided(cls, flat, size, stride, 0)
+
+
+def _strided(cls: Any, pointer: Any, size: Any, stride: Any, offset: int) -> Any:
+    found = pointer
+    for function, args in steps(pointer._spec.type, size, stride, offset):
+        found = dispatch(cls, function, (found, *args), {})
+    return _share(cls, None, (found,), {}) if found is pointer else found
+
+
+def _as_strided(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
+    pointer, size, stride, offset = _strided_args(args, kwargs)
+    return _strided(cls, pointer, size, stride, pointer._spec.offset if offset is None else offset)
+
+
+def _as_strided_copy(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
+    return dispatch(cls, _aten.clone.default, (_as_strided(cls, rule, args, kwargs),), {})
+
+
+def _as_strided_scatter(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
+    pointer, size, stride, offset = _strided_args((args[0], *args[2:]), kwargs)
+    result = dispatch(cls, _aten.clone.default, (pointer,), {})  # where its storage starts anew
+    start = 0 if offset is None else offset - pointer._spec.offset
+    dispatch(cls, _aten.copy_.default, (_strided(cls, result, size, stride, start), args[1]), {})
+    return result
+
+
+def _strided_args(args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
+    """self, size, stride and offset, whichever of them came by name."""
+    given = dict(zip(("self", "size", "stride", "storage_offset"), args, strict=False)) | kwargs
+    return given["self"], given["size"], given["stride"], given.get("storage_offset")
 
 
 def _reshape(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -399,7 +436,17 @@ def _copy(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 _aten = torch.ops.aten
-_REWRITTEN = frozenset(("empty_like", "new_empty", "new_empty_strided"))
+_REWRITTEN = frozenset(
+    (
+        "empty_like",
+        "new_empty",
+        "new_empty_strided",
+        "as_strided",
+        "as_strided_",
+        "as_strided_copy",
+        "as_strided_scatter",
+    )
+)
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     _aten.detach.default: _share,
     _aten.alias.default: _share,
@@ -408,5 +455,9 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     _aten.empty_like.default: _zeros,
     _aten.new_empty.default: _zeros,
     _aten.new_empty_strided.default: _zeros,
+    _aten.as_strided.default: _as_strided,
+    _aten.as_strided_.default: _reshape,
+    _aten.as_strided_copy.default: _as_strided_copy,
+    _aten.as_strided_scatter.default: _as_strided_scatter,
     _aten.copy_.default: _copy,
 }

@@ -8,11 +8,12 @@ from __future__ import annotations
 import weakref
 
 from ..errors import UsageError
-from ..wire.messages import Clear, Found, Search, Tag
+from ..program.outcome import spec
+from ..wire.messages import Clear, Found, Open, Search, Tag
 from .dispatch import point
+from .owned import OwnedDataset
 from .session import Session, Slot
 from .tensor import PointerTensor
-from .typing import spec
 
 __all__ = ["Location"]
 
@@ -51,13 +52,21 @@ class Location:
         known = self._known(pointer)
         return self._tell(pointer, Tag(known.id, known.tags, description))
 
-    def search(self, *tags: str) -> list[PointerTensor]:
-        """Pointers to the values here that carry all of these tags, in order of tagging; one round trip."""
+    def search(self, *tags: str) -> list[PointerTensor | OwnedDataset]:
+        """What carries all of these tags here: pointers to values of this session, in order of tagging, then the data
+        sets that the worker's owner registered. One round trip."""
         found = self.session.ask(Search(tags))
         if not isinstance(found, Found):
             return []
         alive = [(self._tagged.get(info.id), info) for info in found.slots]
-        return [point(PointerTensor, slot, spec(info.tensor)) for slot, info in alive if slot is not None]
+        values = [point(PointerTensor, slot, spec(info.tensor)) for slot, info in alive if slot is not None]
+        return [*values, *(OwnedDataset(self, owned) for owned in found.owned)]
+
+    def dataset(self, name: str) -> OwnedDataset:
+        """The data set that the worker's owner registered under this name. Raises `OperatorError` if there is none."""
+        found = self.session.ask(Open(name))
+        assert isinstance(found, Found)
+        return OwnedDataset(self, found.owned[0])
 
     def clear(self) -> None:
         """Free every value this session holds here. Pointers that are left point at nothing, and say so."""

@@ -213,6 +213,8 @@ class Session:
         with self._lock:
             self.outbox.append((message, caller()))
             results = self.wait()
+            if not results and self._latest is not None:
+                raise self.error(self._latest)
             if not results:
                 raise ProtocolError(f"worker '{self.location.id}' did not answer a {type(message).__name__.lower()}")
             return results[-1]

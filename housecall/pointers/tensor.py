@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import SpentPointerError, UsageError
+from ..program.outcome import Spec, spec
 from ..program.typing import DTYPES
 from ..wire.codec import ITEM_BYTES
 from .dispatch import dispatch, point
 from .session import Session, Site, Slot
-from .typing import Spec, spec
 
 __all__ = ["PointerTensor", "send", "sent", "session_of", "sessions_of", "spend"]
 

@@ -10,7 +10,7 @@ from ..types import Ref, TensorType
 from .call import HOLE, Arg, Call, Complex, Items, Program, Symbol, call_text, refs
 from .ops import Operator, Param, operator
 
-__all__ = ["arguments", "check", "check_call"]
+__all__ = ["arguments", "check", "check_call", "complete_arguments"]
 
 # What each kind of parameter takes. bool before int: Python's True is an int, a dimension is not a truth.
 _TAKES: dict[str, tuple[type, ...]] = {
@@ -82,12 +82,21 @@ def _check_binding(call: Call, bound: set[int], shares: dict[int, set[int]]) -> 
 def check_call(call: Call) -> Operator:
     """Check one call against its operator's schema, and return the operator."""
     rules = operator(call.op)
-    given = {param.name for param, arg in arguments(rules, call) if _check_argument(param, arg)}
+    for param, arg in complete_arguments(rules, call):
+        _check_argument(param, arg)
+    return rules
+
+
+def complete_arguments(rules: Operator, call: Call) -> list[tuple[Param, Arg]]:
+    """`arguments`, when none is missing and as many ids are bound as there are results; kinds are not looked at.
+    Raises `ProgramError`."""
+    pairs = arguments(rules, call)
+    given = {param.name for param, _ in pairs}
     for param in rules.params:
         if param.required and param.name not in given:
             raise ProgramError(f"'{param.name}' is missing; the schema is {rules.schema}")
     _check_outs(rules, call)
-    return rules
+    return pairs
 
 
 def arguments(rules: Operator, call: Call) -> list[tuple[Param, Arg]]:
@@ -105,18 +114,17 @@ def arguments(rules: Operator, call: Call) -> list[tuple[Param, Arg]]:
     return pairs
 
 
-def _check_argument(param: Param, arg: Arg) -> bool:
+def _check_argument(param: Param, arg: Arg) -> None:
     if arg is None and param.optional:
-        return True
+        return
     if param.many and isinstance(arg, Items):
         for item in arg.items:
             if not (item is None and param.item_optional):
                 _check_one(param, item)
-        return True
+        return
     if param.many and param.kind == "Tensor":
         raise ProgramError(f"'{param.name}' expects a list of tensors, found {type(arg).__name__} {arg!r}")
     _check_one(param, arg)  # `int[2] size=3` takes one int for all, as torch does
-    return True
 
 
 def _check_one(param: Param, arg: Arg) -> None:

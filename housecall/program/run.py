@@ -22,7 +22,7 @@ from .check import check
 from .ops import Return, operator
 from .typing import meta, symbol, type_of
 
-__all__ = ["Randomness", "computing", "execute", "overload", "run", "type_program"]
+__all__ = ["Randomness", "computing", "execute", "overload", "run", "type_program", "value_of"]
 
 Values = MutableMapping[int, Any]
 
@@ -124,8 +124,8 @@ def execute(call: Call, values: Values, randomness: Randomness | None = None) ->
                 _check_value(value)
             args.append(value)
         else:
-            args.append(arg if kind in _PLAIN else _value(arg, values))
-    kwargs = {key: _value(arg, values) for key, arg in call.kwargs.items()} if call.kwargs else {}
+            args.append(arg if kind in _PLAIN else value_of(arg, values))
+    kwargs = {key: value_of(arg, values) for key, arg in call.kwargs.items()} if call.kwargs else {}
     if runner.random and randomness is not None:
         with randomness.drawing():
             result = runner.function(*args, **kwargs)
@@ -156,14 +156,15 @@ def _runner(name: str) -> _Runner:
     return _Runner(name)
 
 
-def _value(arg: Arg, values: Mapping[int, Any]) -> Any:
+def value_of(arg: Arg, values: Mapping[int, Any]) -> Any:
+    """What torch is given for an argument. Raises a binding that is an exception."""
     kind = type(arg)
     if kind is Ref:
         value = values[arg.id]  # type: ignore[union-attr]  # `kind` says what mypy cannot see
         _check_value(value)
         return value
     if kind is Items:
-        return [_value(item, values) for item in arg.items]  # type: ignore[union-attr]  # as above
+        return [value_of(item, values) for item in arg.items]  # type: ignore[union-attr]  # as above
     if kind is Complex:
         return complex(arg.real, arg.imag)  # type: ignore[union-attr]  # as above
     if kind is Symbol:

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from ..errors import CodecError
-from ..wire.codec import arrays, blob_sizes, decode, encode, with_arrays
+from ..wire.codec import blob_sizes, decode, encode, with_arrays
 from ..wire.messages import Array, Blob, Frame, Reply
 from ..wire.packets import CONTROL, MORE, Begin, packets, read_begin
 from .arrays import pack, unpack

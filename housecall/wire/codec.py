@@ -92,9 +92,10 @@ def arrays(body: Frame | Reply) -> Iterator[Array]:
 def with_arrays(body: Body, change: Callable[[Array], Array]) -> Body:
     """The same frame or reply with each array changed, in order."""
     if isinstance(body, Frame):
-        return Frame(body.number, tuple([_changed(message, change) for message in body.messages]))
+        messages = tuple([_changed(message, change) for message in body.messages])
+        return Frame(body.number, messages)  # type: ignore[return-value]  # a Body that is a Frame
     results = tuple([_changed_result(result, change) for result in body.results])
-    return Reply(body.number, results, body.failures)  # type: ignore[return-value]  # a Body that is no Frame
+    return Reply(body.number, results, body.failures)
 
 
 def _changed(message: Message, change: Callable[[Array], Array]) -> Message:

@@ -21,6 +21,7 @@ __all__ = [
     "Blob",
     "Bye",
     "Clear",
+    "Column",
     "Control",
     "Describe",
     "Drop",
@@ -30,7 +31,10 @@ __all__ = [
     "Frame",
     "Hello",
     "Info",
+    "Load",
     "Message",
+    "Open",
+    "Owned",
     "Put",
     "Refused",
     "Reply",
@@ -104,7 +108,7 @@ class Tag(msgspec.Struct, frozen=True, array_like=True, tag="tag", tag_field="t"
 
 
 class Search(msgspec.Struct, frozen=True, array_like=True, tag="search", tag_field="t"):
-    """Which tagged slots of this session carry all of these tags?"""
+    """Which tagged slots of this session, and which of the worker's own data sets, carry all of these tags?"""
 
     tags: tuple[str, ...]
 
@@ -113,7 +117,21 @@ class Clear(msgspec.Struct, frozen=True, array_like=True, tag="clear", tag_field
     """Free every slot of this session."""
 
 
-Message = Put | Call | Drop | Fetch | Describe | Seed | Tag | Search | Clear
+class Open(msgspec.Struct, frozen=True, array_like=True, tag="open", tag_field="t"):
+    """What is the worker's own data set of this name? Its schema, no values."""
+
+    name: str
+
+
+class Load(msgspec.Struct, frozen=True, array_like=True, tag="load", tag_field="t"):
+    """Bind the columns of one of the worker's own data sets to new ids, in the order of its schema. They can be read
+    and not be written."""
+
+    name: str
+    ids: tuple[int, ...]
+
+
+Message = Put | Call | Drop | Fetch | Describe | Seed | Tag | Search | Clear | Open | Load
 
 
 class Frame(msgspec.Struct, frozen=True, array_like=True):
@@ -155,10 +173,29 @@ class Info(msgspec.Struct, frozen=True, array_like=True, tag="info", tag_field="
     description: str
 
 
+class Column(msgspec.Struct, frozen=True, array_like=True):
+    """A column of an owned data set: `shape` is of one record."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Owned(msgspec.Struct, frozen=True, array_like=True, tag="owned", tag_field="t"):
+    """A data set that the worker's owner registered: what may be said of it without a value."""
+
+    name: str
+    columns: tuple[Column, ...]
+    count: int
+    tags: tuple[str, ...]
+    description: str
+
+
 class Found(msgspec.Struct, frozen=True, array_like=True, tag="found", tag_field="t"):
-    """The answer to `Search`."""
+    """The answer to `Search` and `Open`."""
 
     slots: tuple[Info, ...]
+    owned: tuple[Owned, ...] = ()
 
 
 Result = Value | Types | Found

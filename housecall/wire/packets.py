@@ -20,7 +20,18 @@ from ..errors import CodecError
 from .codec import MAX_HEAD_BYTES, decode_control, encode
 from .messages import Control
 
-__all__ = ["BEGIN", "CONTROL", "MAX_PACKET", "MORE", "Begin", "begin", "control", "packets", "read_begin", "read_control"]
+__all__ = [
+    "BEGIN",
+    "CONTROL",
+    "MAX_PACKET",
+    "MORE",
+    "Begin",
+    "begin",
+    "control",
+    "packets",
+    "read_begin",
+    "read_control",
+]
 
 MAX_PACKET = 1 << 20
 CONTROL, BEGIN, MORE = 0, 1, 2
@@ -59,7 +70,9 @@ def read_begin(packet: bytes | memoryview) -> Begin:
         raise CodecError(f"expected the first packet of a message, found {_kind(packet)}")
     _, number, acknowledged, head_bytes = _BEGIN.unpack_from(packet)
     if head_bytes > MAX_HEAD_BYTES:
-        raise CodecError(f"a message of {head_bytes:,} bytes; at most {MAX_HEAD_BYTES:,} are allowed beside its tensors")
+        raise CodecError(
+            f"a message of {head_bytes:,} bytes; at most {MAX_HEAD_BYTES:,} are allowed beside its tensors"
+        )
     return Begin(number, acknowledged, head_bytes, memoryview(packet)[_BEGIN.size :])
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import CodecError, ProtocolError
 from ..transport.line import Line
-from ..transport.parcel import MAX_BLOB_BYTES, Assembler, is_control, packed
+from ..transport.parcel import MAX_BLOB_BYTES, Assembler, Parcel, is_control, packed
 from ..transport.stream import PROTOCOL
 from ..wire.messages import Ack, Bye, Failure, Frame, Hello, Refused, Reply, Welcome
 from ..wire.packets import control, read_control
@@ -84,6 +84,14 @@ class Seat:
                 self.inbox.popleft()
                 self.line.send(parcel)
                 self.changed.notify_all()
+
+    def wait_for(self, stream: int, number: int) -> tuple[Parcel | None, Refused | None, int]:
+        """Wait for a reply, the end, or another stream; with the number of the last frame that came."""
+        with self.changed:
+            self.changed.wait_for(
+                lambda: self.stream != stream or self.end is not None or self.line.parcel(number) is not None
+            )
+            return self.line.parcel(number), self.end, self.line.received
 
     def finish(self, why: Refused) -> None:
         """The session is over; its stream, if there is one, is told."""
@@ -151,13 +159,9 @@ class Host:
 
     def _outgoing(self, seat: Seat, stream: int, cursor: int) -> Iterator[bytes]:
         while True:
-            with seat.changed:
-                seat.changed.wait_for(
-                    lambda: seat.stream != stream or seat.end is not None or seat.line.parcel(cursor) is not None
-                )
-                if seat.stream != stream:
-                    return
-                parcel, end, received = seat.line.parcel(cursor), seat.end, seat.line.received
+            parcel, end, received = seat.wait_for(stream, cursor)
+            if seat.stream != stream:
+                return
             if end is not None and (parcel is None or end.code != "draining"):  # what was done is still delivered
                 if end.reason:
                     yield control(end)

@@ -1,4 +1,10 @@
-"""What one session keeps at a worker: id -> value or failure, and the tags it gave. It ends with the session."""
+"""What one session keeps at a worker: id -> value or failure, the tags it gave, and whose memory that is.
+
+A slot that is counted has a spec, the type of its value, and a `Cell`, the account of its storage. Aliases of one
+storage share one cell, however they came to be: storages are told apart by identity, not by what an operator's schema
+says of them. So a view keeps the charge of the base that it outlives, and a charge ends with the last slot of its
+cell. What the owner lends a session is not charged to it, and may not be written.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +12,17 @@ from typing import Any
 
 import torch
 
-from ..errors import ProtocolError
+from ..errors import ProgramError, ProtocolError
+from ..program.call import Call, refs
+from ..program.check import arguments
+from ..program.ops import operator
+from ..program.outcome import Spec, spec
+from ..program.typing import type_of
 from ..wire.messages import Failure, Info, Tag
 
-__all__ = ["Failed", "Missing", "Store"]
+__all__ = ["Cell", "Failed", "Missing", "Store"]
+
+_address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
 
 
 class Failed(Exception):
@@ -24,20 +37,100 @@ class Missing(ProtocolError):
     """An id that this session does not hold."""
 
 
+class Cell:
+    """One storage's account: the bytes that it is charged with, how many slots alias it, and whether it is the
+    owner's, who lends it."""
+
+    __slots__ = ("address", "lent", "nbytes", "slots")
+
+    def __init__(self, address: int, nbytes: int, lent: bool = False) -> None:
+        self.address = address
+        self.nbytes = nbytes
+        self.slots = 0
+        self.lent = lent
+
+
 class Store(dict[int, Any]):
-    """The slots of one session: a dict, since a call reads and binds ids and nothing else."""
+    """The slots of one session: a dict, since a call reads and binds ids and nothing else.
+
+    `count`, `lend` and `drop` keep the account beside it: `specs` and `cells` by slot, and `held`, the bytes of all
+    cells together."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tags: dict[int, Tag] = {}
+        self.specs: dict[int, Spec] = {}
+        self.cells: dict[int, Cell] = {}
+        self.lent: dict[int, torch.Tensor] = {}
+        self.held = 0
+        self.turned_away: tuple[int, Failed] | None = None  # the first id that found no room, and why
+        self._by_address: dict[int, Cell] = {}
 
     def __missing__(self, ref: int) -> Any:
+        if self.turned_away is not None and ref >= self.turned_away[0]:
+            raise self.turned_away[1]
         raise Missing(f"no slot {ref} in this session: it was dropped, or belongs to another worker or session")
+
+    # -- the account --------------------------------------------------------------------------------------
+
+    def count(self, ref: int, value: torch.Tensor, expected: Spec | None = None) -> None:
+        """A slot was bound: charge its storage, unless another slot has. `expected` is the type it should have."""
+        address = _address(value)
+        cell = self._by_address.get(address)
+        if cell is None:
+            nbytes = value.untyped_storage().nbytes()
+            cell = self._by_address[address] = Cell(address, nbytes)
+            self.held += nbytes
+        cell.slots += 1
+        self.cells[ref] = cell
+        if expected is None or value.shape != expected.size or value.dtype is not expected.dtype:
+            expected = spec(type_of(value))
+        self.specs[ref] = expected
+
+    def lend(self, ref: int, value: torch.Tensor) -> None:
+        """Bind a slot to a tensor of the owner's: charged to nobody, and `cells[ref].lent` for all its views."""
+        address = _address(value)
+        self.lent[address] = value
+        if address not in self._by_address:
+            self._by_address[address] = Cell(address, 0, lent=True)
+        self[ref] = value
+        self.count(ref, value)
+
+    def check_writes(self, call: Call) -> None:
+        """Refuse a call that would write to what the owner lends, or to a view of it. Raises `ProgramError`."""
+        for param, arg in arguments(operator(call.op), call):
+            if param.writes and any(self._is_lent(ref) for ref in refs(arg)):
+                raise ProgramError(f"'{param.name}' is the owner's data, which is there to be read; clone it first")
+
+    def _is_lent(self, ref: int) -> bool:
+        value = self.get(ref)
+        return isinstance(value, torch.Tensor) and _address(value) in self.lent
+
+    def drop(self, ref: int) -> None:
+        """Free a slot, and its storage's charge if it was the last. Dropping what is not there changes nothing."""
+        self.pop(ref, None)
+        if self.tags:
+            self.tags.pop(ref, None)
+        cell = self.cells.pop(ref, None)
+        if cell is not None:
+            del self.specs[ref]
+            cell.slots -= 1
+            if not cell.slots:
+                del self._by_address[cell.address]
+                self.held -= cell.nbytes
 
     def clear(self) -> None:
         """Free every slot."""
         super().clear()
         self.tags.clear()
+        self.specs.clear()
+        self.cells.clear()
+        self.lent.clear()
+        self._by_address.clear()
+        self.held = 0
+        self.turned_away = None
+
+    # -- what others ask ----------------------------------------------------------------------------------
 
     def tensors(self) -> dict[int, torch.Tensor]:
         """The values, without the failures."""

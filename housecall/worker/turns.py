@@ -31,9 +31,7 @@ class Turns:
     """Runs jobs in turn on a thread of its own, until `close`. `threads` is torch's, within one operation; 0 leaves
     it as it is. `busy_s` is the time spent so far."""
 
-    def __init__(
-        self, threads: int = 0, slice_s: float = 0.02, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, threads: int = 0, slice_s: float = 0.02, clock: Callable[[], float] = time.perf_counter) -> None:
         self.busy_s = 0.0
         self._threads, self._slice_s, self._clock = threads, slice_s, clock
         self._changed = threading.Condition()

@@ -7,13 +7,17 @@ closed tables. A failure is an answer, never an exception to the transport.
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable, Generator
 
 import torch
 
+from ..errors import LimitError, ProgramError
 from ..program.call import HOLE, Call
 from ..program.run import Randomness, computing, execute
 from ..program.typing import type_of
 from ..types import TensorType
+from ..wire import messages as wire
 from ..wire.messages import (
     Array,
     Clear,
@@ -23,7 +27,9 @@ from ..wire.messages import (
     Fetch,
     Found,
     Frame,
+    Load,
     Message,
+    Open,
     Put,
     Reply,
     Result,
@@ -33,6 +39,9 @@ from ..wire.messages import (
     Types,
     Value,
 )
+from .catalogue import Catalogue
+from .limits import TEXT, UNLIMITED, Limits, Meter
+from .owned import Owned
 from .release import release
 from .store import Failed, Missing, Store
 
@@ -40,10 +49,23 @@ __all__ = ["Worker", "WorkerSession"]
 
 
 class Worker:
-    """Holds data and computes on it, for any number of sessions that cannot see each other."""
+    """Holds data and computes on it, for any number of sessions that cannot see each other.
 
-    def __init__(self, id: str) -> None:
+    `limits` is what each session may use; without any, a session is trusted with its own process, and costs nothing
+    more. `catalogue` has the data sets that the owner registered. `clock` measures computing time, in seconds."""
+
+    def __init__(
+        self,
+        id: str,
+        limits: Limits = UNLIMITED,
+        *,
+        catalogue: Catalogue | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.id = id
+        self.catalogue = Catalogue() if catalogue is None else catalogue
+        self.limits = limits
+        self.clock = clock
         self.sessions: list[WorkerSession] = []
         self._lock = threading.Lock()
 
@@ -62,14 +84,34 @@ class Worker:
                 self.sessions.remove(session)
 
 
+def _described(owned: Owned) -> wire.Owned:
+    """What a scientist may know of a data set."""
+    columns = tuple(wire.Column(name, type_.dtype, type_.shape) for name, type_ in owned.columns.items())
+    return wire.Owned(owned.name, columns, owned.count, owned.tags, owned.description)
+
+
+def _bound_by(message: Message) -> tuple[int, ...]:
+    match message:
+        case Call(outs=outs):
+            return outs
+        case Put(id=ref):
+            return (ref,)
+        case Load(ids=ids):
+            return ids
+    return ()
+
+
 class WorkerSession:
-    """The worker's side of one session: a `Door`."""
+    """The worker's side of one session: a `Door`. `meter` holds it to the worker's limits; `None` if there are none."""
 
     def __init__(self, worker: Worker, principal: str) -> None:
         self.worker = worker
         self.principal = principal
         self.store = Store()
         self.randomness = Randomness()
+        self.meter: Meter | None = None
+        if worker.limits != UNLIMITED:
+            self.meter = Meter(worker.limits, self.store, self.randomness, worker.clock)
 
     def close(self) -> None:
         """End the session."""
@@ -77,44 +119,114 @@ class WorkerSession:
 
     def handle(self, frame: Frame) -> Reply:
         """Do what the frame says, in order. Autograd runs at the caller, so no graph is built here."""
+        steps = self.work(frame)
+        with computing():
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]  # what `work` returns
+
+    def work(self, frame: Frame) -> Generator[None, None, Reply]:
+        """`handle` in steps, a message each, to be taken within `computing()`; the generator's value is the reply."""
+        return self._free(frame) if self.meter is None else self._metered(frame, self.meter)
+
+    def _free(self, frame: Frame) -> Generator[None, None, Reply]:
         results: list[Result] = []
         failures: list[Failure] = []
         store, randomness = self.store, self.randomness
-        with computing():
-            for index, message in enumerate(frame.messages):
-                kind = type(message)
-                try:
-                    if kind is Call:
-                        execute(message, store, randomness)  # type: ignore[arg-type]  # `kind` says it is a Call
-                    elif kind is Drop:
-                        store.pop(message.id, None)  # type: ignore[union-attr]  # as above
-                    else:
-                        self._answer(message, results)
-                except Exception as error:  # what a message does must not end the session
-                    self._fail(frame.number, index, message, error, failures)
+        for index, message in enumerate(frame.messages):
+            kind = type(message)
+            try:
+                if kind is Call:
+                    if store.lent:
+                        store.check_writes(message)  # type: ignore[arg-type]  # `kind` says it is a Call
+                    execute(message, store, randomness)  # type: ignore[arg-type]  # as above
+                elif kind is Drop:
+                    store.pop(message.id, None)  # type: ignore[union-attr]  # as above
+                else:
+                    self._answer(message, results)
+            except Exception as error:  # what a message does must not end the session
+                self._fail(frame.number, index, message, error, failures)
+            yield
+        return Reply(frame.number, tuple(results), tuple(failures))
+
+    def _metered(self, frame: Frame, meter: Meter) -> Generator[None, None, Reply]:
+        results: list[Result] = []
+        failures: list[Failure] = []
+        call, drop, clock = meter.call, self.store.drop, meter.clock
+        meter.new_reply()
+        for index, message in enumerate(frame.messages):
+            kind = type(message)
+            began = clock()
+            try:
+                if kind is Call:
+                    call(message)  # type: ignore[arg-type]  # `kind` says it is a Call
+                elif kind is Drop:
+                    drop(message.id)  # type: ignore[union-attr]  # as above
+                else:
+                    self._answer(message, results)
+            except Exception as error:  # what a message does must not end the session
+                self._fail(frame.number, index, message, error, failures)
+            meter.spent += clock() - began
+            yield
         return Reply(frame.number, tuple(results), tuple(failures))
 
     def _answer(self, message: Message, results: list[Result]) -> None:
+        meter = self.meter
         match message:
             case Put(id=ref, value=value):
-                self.store[ref] = value.data
+                if meter is not None:
+                    meter.put(message)
+                else:
+                    self.store[ref] = value.data
             case Fetch(ids=ids):
+                if meter is not None:
+                    meter.check_question(ids)
                 results.append(Value(tuple(self._released(ref) for ref in ids)))
             case Describe(ids=ids):
+                if meter is not None:
+                    meter.check_question(ids)
                 results.append(Types(tuple(self._described(ref) for ref in ids)))
             case Seed(state=state):
                 self.randomness.follow(state.data)
             case Tag(id=ref):
+                if meter is not None:
+                    meter.check_tag(message)
                 _ = self.store[ref]  # tagging what is not there must fail now, not at the search
                 self.store.tags[ref] = message
             case Search(tags=tags):
-                results.append(Found(self.store.search(tags, type_of)))
+                found = self.store.search(tags, type_of)
+                if meter is not None:
+                    meter.check_found(found)
+                results.append(Found(found, tuple(map(_described, self.worker.catalogue.search(*tags)))))
+            case Open(name=name):
+                results.append(Found((), (_described(self.worker.catalogue.owned(name)),)))
+            case Load(name=name, ids=ids):
+                self._load(name, ids)
             case Clear():
                 self.store.clear()
 
+    def _load(self, name: str, ids: tuple[int, ...]) -> None:
+        columns = self.worker.catalogue.columns(name)
+        if len(ids) != len(columns) or len(set(ids)) != len(ids):
+            raise ProgramError(f"data set '{name}' has {len(columns)} columns; {len(ids)} ids were to be bound: {ids}")
+        for ref in ids:
+            if ref <= HOLE or ref in self.store:
+                raise ProgramError(f"%{ref} is bound already, or no id; bind each id once")
+        for ref, column in zip(ids, columns.values(), strict=True):
+            self.store.lend(ref, column)
+
     def _released(self, ref: int) -> Array | Failure:
         value = self._held(ref)
-        return value if isinstance(value, Failure) else release(value)
+        if isinstance(value, Failure):
+            return value
+        if self.meter is not None:
+            try:
+                self.meter.check_release(value)
+            except LimitError as error:
+                return Failure(0, 0, "fetch", f"{type(error).__name__}: {error}", writes=False)
+        return release(value)
 
     def _described(self, ref: int) -> TensorType | Failure | None:
         if ref not in self.store:  # a hole: the operator gave nothing there
@@ -127,6 +239,8 @@ class WorkerSession:
             value = self.store[ref]
         except Missing as error:
             return Failure(0, 0, "fetch", str(error), writes=False)
+        except Failed as error:  # there was no room for it
+            return error.failure
         return value.failure if isinstance(value, Failed) else value
 
     def _fail(self, frame: int, index: int, message: Message, error: Exception, failures: list[Failure]) -> None:
@@ -138,9 +252,22 @@ class WorkerSession:
             failure = Failure(cause.frame, cause.index, cause.operator, cause.reason, writes)
         else:
             name = message.op if isinstance(message, Call) else type(message).__name__.lower()
-            failure = Failure(frame, index, name, f"{type(error).__name__}: {error}", writes)
+            failure = Failure(frame, index, name[:TEXT], f"{type(error).__name__}: {error}"[:TEXT], writes)
         failures.append(failure)
-        outs = message.outs if isinstance(message, Call) else (message.id,) if isinstance(message, Put) else ()
+        outs = _bound_by(message)
         for out in outs:
-            if out != HOLE:
-                self.store[out] = Failed(failure)
+            if self.meter is None:
+                if out != HOLE and out not in self.store:
+                    self.store[out] = Failed(failure)
+            else:
+                self._stand_in(out, failure, self.meter)
+
+    def _stand_in(self, out: int, failure: Failure, meter: Meter) -> None:
+        """A failure takes a slot only where none is bound, and while there is room."""
+        store = self.store
+        if out <= HOLE or out in store:
+            return
+        if meter.has_room():
+            store[out] = Failed(failure)
+        elif store.turned_away is None:
+            store.turned_away = (out, Failed(failure))

@@ -1,29 +1,34 @@
-"""What results will look like: each operator is typed on meta tensors once per (operator, input types).
+"""What a call gives, known before it runs: each operator is typed on meta tensors, where nothing is computed.
 
-Typing costs 60-300 us, a look-up 1 us: `OUTCOMES` is what makes pointers fast. Floats and scalars do not shape
-a result, so only their kind is part of the key; else every new learning rate would be typed anew.
+What must live here: types of results, for a caller who goes on without the value and for a worker who must know what
+is coming (`forecast`). What must not: limits, sessions, tables of outcomes; typing costs 60-300 us and a look-up 1 us,
+so whoever types keeps a table of her own, keyed by (operator, input types, other arguments; see `by_kind`).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
 
-from ..program.ops import Operator, Return
-from ..program.run import computing
-from ..program.typing import DTYPES, meta, type_of
 from ..types import TensorType
+from .ops import Operator, Return
+from .run import computing
+from .typing import DTYPES, meta, type_of
 
-__all__ = ["UNTYPED", "Outcome", "Spec", "infer", "spec"]
+__all__ = ["UNTYPED", "Outcome", "Spec", "by_kind", "expected", "infer", "spec", "stand_in"]
 
 
 class Spec:
     """A `TensorType` with what torch needs to make a tensor of it. One object for one type, so that it hashes
-    and compares by identity."""
+    and compares by identity.
 
-    __slots__ = ("bits", "device", "dtype", "offset", "size", "stride", "type")
+    `volume` is the bytes of its elements, each counted as often as it is repeated: what a loop over it goes through.
+    An empty dimension counts as one, since some loops go over the others."""
+
+    __slots__ = ("bits", "device", "dtype", "offset", "size", "stride", "type", "volume")
 
     def __init__(self, type_: TensorType) -> None:
         self.type = type_
@@ -33,6 +38,7 @@ class Spec:
         self.dtype = DTYPES[type_.dtype]
         self.device = torch.device(type_.device)
         self.bits = type_.conj or type_.neg
+        self.volume = self.dtype.itemsize * math.prod(max(n, 1) for n in type_.shape)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -56,8 +62,15 @@ class Outcome:
 UNTYPED = Outcome(())
 
 
+def by_kind(rules: Operator) -> dict[str, bool]:
+    """Which parameters shape a result by the kind of a number alone, not by its value: a table that is keyed by the
+    values of floats and scalars would type every new learning rate anew. Ranges are as long as their scalars say."""
+    ranges = rules.name.startswith(("arange", "range"))
+    return {p.name: not ranges and not p.many and p.kind in ("float", "Scalar", "Tensor") for p in rules.params}
+
+
 def infer(rules: Operator, function: Any, args: Any, kwargs: Any) -> Outcome:
-    """Type one call; `args` are already meta (see `as_meta`). `UNTYPED` if it cannot be typed here: then the
+    """Type one call; `args` are already meta (see `stand_in`). `UNTYPED` if it cannot be typed here: then the
     worker knows, or has the better error message."""
     if rules.dynamic:
         return UNTYPED
@@ -66,8 +79,13 @@ def infer(rules: Operator, function: Any, args: Any, kwargs: Any) -> Outcome:
             result = function(*args, **kwargs)
     except Exception:  # whatever meta tensors cannot do, the worker is asked
         return UNTYPED
+    return expected(rules, result)
+
+
+def expected(rules: Operator, result: Any) -> Outcome:
+    """The outcome of a call that gave `result` on meta tensors."""
     results = result if len(rules.returns) > 1 else (result,)
-    return Outcome(tuple(map(_expected, rules.returns, results)))
+    return Outcome(tuple([_expected(item, value) for item, value in zip(rules.returns, results, strict=False)]))
 
 
 def _expected(item: Return, value: Any) -> Any:

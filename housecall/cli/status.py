@@ -1,0 +1,95 @@
+"""`housecall worker status`: what a worker that runs says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UsageError
+from ..worker.config import Config
+from .worker import Folder, worker_folder
+
+__all__ = ["status"]
+
+STATUS_FILE = "status.json"
+
+
+def status(
+    folder: Folder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
+) -> None:
+    """Show whether the worker runs, its sessions, and what it has done."""
+    place = worker_folder(folder)
+    name = Config.load(place).name
+    found = read_status(place)
+    if found is None:
+        if as_json:
+            typer.echo(json.dumps({"worker": name, "running": False}))
+        else:
+            typer.echo(f"worker '{name}' does not run: `housecall worker up --folder {place}` starts it")
+        raise typer.Exit(1)
+    if as_json:
+        typer.echo(json.dumps({"running": True, **found}))
+        return
+    _show(Console(), found)
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What the worker in `folder` last said of itself, `None` if it does not run."""
+    try:
+        found: dict[str, Any] = json.loads((folder / STATUS_FILE).read_text())
+        os.kill(int(found["pid"]), 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except PermissionError:
+        pass  # it runs, as somebody else
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{folder / STATUS_FILE} is damaged ({error}): delete it, a worker that runs writes it anew"
+        ) from None
+    return found
+
+
+def _show(console: Console, found: dict[str, Any]) -> None:
+    counters: Counter[str] = Counter(found["counters"])
+    tls = "mutual TLS" if found["tls"] else "[red]plain text[/red]"
+    console.print(
+        f"[b]{found['worker']}[/b] at {found['address']} ({tls}), process {found['pid']}, "
+        f"up {_lasting(found['now'] - found['started'])}, as of {_lasting(time.time() - found['now'])} ago"
+    )
+    console.print(
+        f"{counters['frames']:,} frames, {counters['messages']:,} messages, {found['busy_s']:.1f} s computing with "
+        f"{found['threads']} threads on {found['device']}, peak memory {found['memory_mb']:,} MB"
+    )
+    console.print(
+        f"{counters['sessions']:,} sessions opened, {counters['resumed']:,} resumed, {counters['expired']:,} expired, "
+        f"{counters['refused']:,} refused"
+    )
+    if not found["sessions"]:
+        console.print("no sessions now")
+        return
+    table = Table("principal", "connected", "slots", "MB", "frames", "waiting")
+    for session in found["sessions"]:
+        table.add_row(
+            session["principal"],
+            "yes" if session["connected"] else "away",
+            f"{session['slots']:,}",
+            f"{session['mb']:,}",
+            f"{session['frames']:,}",
+            f"{session['waiting']:,}",
+        )
+    console.print(table)
+
+
+def _lasting(seconds: float) -> str:
+    minutes, rest = divmod(int(max(0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,391 @@
+"""What operators may take that cannot be typed on meta tensors, or that take more than their types say.
+
+Three closed tables, by operator: `bound` gives the bytes of a call whose results depend on elements, or that has no
+meta kernel; `work` the steps of a loop that is longer than inputs and results together; `pieces` how many results a
+splitting operator gives. Each reads the call's own arguments, tensors among them, and never allocates more than they
+do. No torch here: tensors are asked what every tensor knows.
+
+Numbers are Python's: they do not wrap around.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+__all__ = ["BOUNDED", "bound", "pieces", "reads_values", "work"]
+
+Args = dict[str, Any]
+Rule = Callable[[Args], int]
+
+_INDEX = 8  # bytes of an index
+_THREADS = 64  # at most so many work on one call
+
+
+def _nbytes(tensor: Any) -> int:
+    return int(tensor.numel()) * int(tensor.element_size())
+
+
+def _tensors(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return [found for item in value for found in _tensors(item)]
+    return [value] if hasattr(value, "element_size") else []
+
+
+def _broadcast(*shapes: Iterable[int]) -> int:
+    """Elements of the broadcast of some shapes; no more than that if they do not fit together."""
+    padded = [list(shape)[::-1] for shape in shapes]
+    most = max((len(shape) for shape in padded), default=0)
+    return math.prod(max(shape[dim] if dim < len(shape) else 1 for shape in padded) for dim in range(most))
+
+
+def _largest(tensor: Any) -> int:
+    """The largest element; 0 for none."""
+    return int(tensor.max().item()) if tensor.numel() else 0
+
+
+# -- bytes of a call that cannot be typed -----------------------------------------------------------------
+
+
+def _truth(args: Args) -> int:
+    return _INDEX
+
+
+def _view(args: Args) -> int:
+    return 0
+
+
+def _compared(args: Args) -> int:
+    first, second = args["self"], args["other"]
+    return int(4 * _broadcast(first.shape, second.shape) * max(first.element_size(), second.element_size()))
+
+
+def _nonzero(args: Args) -> int:
+    tensor = args["self"]
+    return int(tensor.count_nonzero().item() * max(tensor.dim(), 1) * _INDEX)
+
+
+def _masked_select(args: Args) -> int:
+    tensor, mask = args["self"], args["mask"]
+    return int(
+        _broadcast(tensor.shape, mask.shape) * (tensor.element_size() + 2 * _INDEX)
+    )  # and the kernel's prefix sums
+
+
+def _unique(args: Args) -> int:
+    tensor = args["self"]
+    return int(2 * int(tensor.numel()) * (tensor.element_size() + 2 * _INDEX))
+
+
+def _bincount(args: Args) -> int:
+    return int(max(_largest(args["self"]) + 1, args.get("minlength", 0)) * _INDEX)
+
+
+def _one_hot(args: Args) -> int:
+    classes = args.get("num_classes", -1)
+    return int(args["self"].numel()) * (classes if classes >= 0 else _largest(args["self"]) + 1) * _INDEX
+
+
+def _total(repeats: Any) -> int:
+    """Sum of repeats. In floating point: a sum of int64 wraps around, and the kernel would believe it."""
+    return math.ceil(float(repeats.double().abs().sum().item()) * (1 + 1e-9))
+
+
+def _repeats(args: Args) -> int:
+    return _total(args["repeats"]) * _INDEX
+
+
+def _repeat_interleave(args: Args) -> int:
+    tensor, repeats, dim = args["self"], args["repeats"], args.get("dim")
+    along = int(tensor.numel()) if dim is None else int(tensor.size(dim)) if tensor.dim() else 1
+    total = _total(repeats) * (along if repeats.numel() == 1 else 1)
+    row = int(tensor.numel()) // max(along, 1)
+    return int(total * (row * tensor.element_size() + 2 * _INDEX))
+
+
+def _index(args: Args) -> int:
+    """A mask stands for the positions at which it is true, one list of them for each of its dimensions."""
+    tensor = args["self"]
+    shapes: list[Iterable[int]] = []
+    taken: set[int] = set()
+    dim = positions = 0
+    for index in args["indices"]:
+        mask = index is not None and str(index.dtype) in ("torch.bool", "torch.uint8")
+        width = max(int(index.dim()), 0) if mask else 1
+        if mask:
+            count = int(index.count_nonzero().item())
+            positions += count * max(width, 1) * _INDEX
+            shapes.append((count,))
+        elif index is not None:
+            shapes.append(index.shape)
+        if index is not None:
+            taken.update(range(dim, dim + width))
+        dim += width
+    rest = math.prod(n for at, n in enumerate(tensor.shape) if at not in taken)
+    return int(_broadcast(*shapes) * rest * int(tensor.element_size()) + positions)
+
+
+def _lstsq(args: Args) -> int:
+    matrix, right = args["self"], args["b"]
+    rows, columns = (*matrix.shape, 1, 1)[:2] if matrix.dim() < 2 else matrix.shape[-2:]
+    batch = _broadcast(matrix.shape[:-2], right.shape[:-2], right.shape[:-1])
+    wide = max(rows, columns) * (right.shape[-1] if right.dim() else 1)
+    return int(
+        4 * int(matrix.element_size()) * (batch * (wide + max(rows, columns) ** 2 // max(rows, 1)) + matrix.numel())
+    )
+
+
+def _ctc_loss(args: Args) -> int:
+    probabilities, targets = args["log_probs"], args["targets"]
+    longest = (targets.shape[-1] if targets.dim() else 1) if targets.dim() != 1 else targets.numel()
+    return int(probabilities.numel()) * int(probabilities.element_size()) * (2 * int(longest) + 2)
+
+
+def _combinations(args: Args) -> int:
+    count, drawn = int(args["self"].numel()), args.get("r", 2)
+    if drawn < 0 or drawn > 64:
+        return 1 << 62
+    return int(count**drawn * (1 + drawn * (int(args["self"].element_size()) + _INDEX)))
+
+
+def _like_inputs(args: Args) -> int:
+    """As many elements as come in, and a work space of the same size."""
+    return 2 * sum(_nbytes(tensor) for tensor in _tensors(list(args.values())))
+
+
+def _elementwise(args: Args) -> int:
+    tensors = _tensors(list(args.values()))
+    return _broadcast(*[tensor.shape for tensor in tensors]) * max([int(tensor.element_size()) for tensor in tensors])
+
+
+def _bins(args: Args) -> int:
+    """Counts and edges; each thread counts for itself."""
+    return _THREADS * 2 * _INDEX * _bins_along(args["bins"])
+
+
+def _bins_along(bins: Any) -> int:
+    return int(bins.numel()) if _tensors(bins) else max(0, int(bins))
+
+
+def _bins_grid(args: Args) -> int:
+    return _THREADS * 2 * _INDEX * math.prod(_bins_along(bins) for bins in args["bins"])
+
+
+def _bins_edges(args: Args) -> int:
+    return 2 * _INDEX * sum(_bins_along(bins) for bins in args["bins"])
+
+
+_NOT_LARGER = (
+    "_add_relu.Scalar", "_aminmax.default", "_aminmax.dim", "_ctc_loss_backward.Tensor", "_ctc_loss_backward.default",
+    "_logcumsumexp.default", "_masked_softmax.default", "_masked_softmax_backward.default", "_sample_dirichlet.default",
+    "fractional_max_pool3d_backward.default", "geqrf.default", "glu_backward_jvp.default", "glu_jvp.default",
+    "multi_margin_loss_backward.default", "multilabel_margin_loss_backward.default",
+    "native_norm.ScalarOpt_dim_dtype", "native_norm.default",
+)  # fmt: skip
+_BOUNDS: dict[str, Rule] = {
+    **dict.fromkeys(_NOT_LARGER, _like_inputs),
+    **dict.fromkeys(("_standard_gamma_grad.default", "binomial.default"), _elementwise),
+    "_histogramdd_bin_edges.default": _bins_edges,
+    "_histogramdd_from_bin_cts.default": _bins_grid,
+    "_histogramdd_from_bin_tensors.default": _bins_grid,
+    "histogram.bin_ct": _bins,
+    "histogram.bins_tensor": _bins,
+    "is_set_to.default": _truth,
+    "_ctc_loss.Tensor": _ctc_loss,
+    "_ctc_loss.default": _ctc_loss,
+    "_local_scalar_dense.default": _truth,
+    "_unique.default": _unique,
+    "_unique2.default": _unique,
+    "allclose.default": _compared,
+    "argwhere.default": _nonzero,
+    "bincount.default": _bincount,
+    "combinations.default": _combinations,
+    "ctc_loss.IntList": _ctc_loss,
+    "ctc_loss.Tensor": _ctc_loss,
+    "equal.default": _truth,
+    "index.Tensor": _index,
+    "is_nonzero.default": _truth,
+    "item.default": _truth,
+    "linalg_lstsq.default": _lstsq,
+    "masked_select.default": _masked_select,
+    "narrow.Tensor": _view,
+    "nonzero.default": _nonzero,
+    "nonzero_numpy.default": _nonzero,
+    "one_hot.default": _one_hot,
+    "repeat_interleave.Tensor": _repeats,
+    "repeat_interleave.self_Tensor": _repeat_interleave,
+    "unique_consecutive.default": _unique,
+    "unique_dim.default": _unique,
+    "unique_dim_consecutive.default": _unique,
+}
+
+BOUNDED = frozenset(_BOUNDS)
+
+
+def bound(name: str, args: Args) -> int | None:
+    """At most so many bytes does this call take; `None` if no bound is known. `args` by parameter, tensors as they
+    are. Raises what a tensor raises that is asked for what it has not."""
+    rule = _BOUNDS.get(name)
+    return None if rule is None else max(0, int(rule(args)))
+
+
+# -- how many results ------------------------------------------------------------------------------------
+
+
+def _along(args: Args, dim: int) -> int:
+    tensor = args["self"]
+    return int(tensor.shape[dim]) if -tensor.dim() <= dim < tensor.dim() else 0
+
+
+def _unbind(args: Args) -> int:
+    return _along(args, args.get("dim", 0))
+
+
+def _split(args: Args) -> int:
+    return int(-(-_along(args, args.get("dim", 0)) // max(1, args["split_size"])))
+
+
+def _chunk(args: Args) -> int:
+    return int(args["chunks"])
+
+
+def _sections(args: Args) -> int:
+    return int(args["sections"])
+
+
+def _sections_in_tensor(args: Args) -> int:
+    given = args["tensor_indices_or_sections"]
+    return int(given.item()) if given.dim() == 0 else int(given.numel()) + 1
+
+
+_PIECES: dict[str, Rule] = {
+    "chunk.default": _chunk,
+    "dsplit.int": _sections,
+    "hsplit.int": _sections,
+    "split.Tensor": _split,
+    "split_copy.Tensor": _split,
+    "tensor_split.sections": _sections,
+    "tensor_split.tensor_indices_or_sections": _sections_in_tensor,
+    "unbind.int": _unbind,
+    "unbind_copy.int": _unbind,
+    "unsafe_chunk.default": _chunk,
+    "unsafe_split.Tensor": _split,
+    "vsplit.int": _sections,
+}
+
+
+def pieces(name: str, args: Args) -> int:
+    """How many results a call gives at most whose number its arguments choose; 0 for every other call."""
+    rule = _PIECES.get(name)
+    return 0 if rule is None else rule(args)
+
+
+# -- how much work ----------------------------------------------------------------------------------------
+
+
+def _cubic(args: Args) -> int:
+    """A dense factorisation: some 20 n m min(n, m) operations for each matrix of a batch."""
+    return sum(20 * int(tensor.numel()) * min(tensor.shape[-2:], default=1) for tensor in _tensors(list(args.values())))
+
+
+def _windows(args: Args) -> int:
+    """A pooling looks at each element as often as windows hold it: at most all windows, at most once each."""
+    tensor = args["self"]
+    kernel = args["kernel_size"]
+    sides = list(kernel) if isinstance(kernel, list | tuple) else [kernel]
+    space = list(tensor.shape[2:]) or list(tensor.shape[1:]) or [1]
+    sides = sides * (len(space) if len(sides) == 1 else 1)
+    return int(int(tensor.numel()) * math.prod(min(max(k, 1), max(n, 1)) for k, n in zip(sides, space, strict=False)))
+
+
+def _pairs(args: Args) -> int:
+    first, second = args["x1"], args["x2"]
+    return 3 * int(first.numel()) * int(second.shape[-2] if second.dim() > 1 else 1)
+
+
+def _pairs_within(args: Args) -> int:
+    return 3 * int(args["self"].numel()) * int(args["self"].shape[0] if args["self"].dim() else 1)
+
+
+def _degree(args: Args) -> int:
+    """An orthogonal polynomial of degree n by its recurrence: n steps for each element."""
+    degree = args["n"]
+    top = int(degree.double().abs().nan_to_num(0.0).max().item()) if _tensors(degree) and degree.numel() else 0
+    steps = top if _tensors(degree) else min(int(abs(degree)), 1 << 62) if degree == degree else 0
+    points = [tensor.shape for tensor in _tensors([args["x"], degree])]
+    return steps * 100 * _broadcast(*points)
+
+
+def _order(args: Args) -> int:
+    return int(args["self"].numel()) * max(int(args["p"]), 1)
+
+
+def _trilinear(args: Args) -> int:
+    """Three tensors are expanded to one shape and multiplied."""
+    shapes = []
+    for name in ("1", "2", "3"):
+        shape = list(args[f"i{name}"].shape)
+        for dim in sorted(args[f"expand{name}"]):
+            shape.insert(dim, 1)
+        shapes.append(shape)
+    return _broadcast(*shapes)
+
+
+def _steps(args: Args) -> int:
+    """A recurrent network is typed, and run, step by step: 10^8 operations for each are to be worth it."""
+    sequence = args["input"]
+    return 100_000_000 * max((int(n) for n in sequence.shape[:2]), default=1)
+
+
+def _packed_steps(args: Args) -> int:
+    return 100_000_000 * int(args["batch_sizes"].numel())
+
+
+_POLYNOMIALS = (
+    "chebyshev_polynomial_t", "chebyshev_polynomial_u", "chebyshev_polynomial_v", "chebyshev_polynomial_w",
+    "hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p",
+    "shifted_chebyshev_polynomial_t", "shifted_chebyshev_polynomial_u", "shifted_chebyshev_polynomial_v",
+    "shifted_chebyshev_polynomial_w",
+)  # fmt: skip
+_FACTORISATIONS = (
+    "_linalg_det", "_linalg_eigh", "_linalg_eigvals", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_svd", "cholesky",
+    "cholesky_inverse", "cholesky_solve", "geqrf", "linalg_cholesky_ex", "linalg_eig", "linalg_eigh", "linalg_eigvals",
+    "linalg_eigvalsh", "linalg_householder_product", "linalg_inv_ex", "linalg_ldl_factor_ex", "linalg_ldl_solve",
+    "linalg_lstsq", "linalg_lu", "linalg_lu_factor_ex", "linalg_lu_solve", "linalg_matrix_exp", "linalg_pinv",
+    "linalg_qr", "linalg_solve_triangular", "linalg_svd", "logdet", "lu_unpack", "ormqr", "slogdet", "svd",
+    "triangular_solve",
+)  # fmt: skip
+_POOLS = (
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "avg_pool2d_backward", "avg_pool3d_backward", "fractional_max_pool2d",
+    "fractional_max_pool3d", "max_pool1d", "max_pool1d_with_indices", "max_pool2d", "max_pool2d_with_indices",
+    "max_pool3d", "max_pool3d_with_indices",
+)  # fmt: skip
+_WORK: dict[str, Rule] = {
+    **{f"special_{name}": _degree for name in _POLYNOMIALS},
+    **dict.fromkeys(_FACTORISATIONS, _cubic),
+    **dict.fromkeys(_POOLS, _windows),
+    **dict.fromkeys(("gru", "lstm", "rnn_relu", "rnn_tanh", "mkldnn_rnn_layer"), _steps),
+    "_cdist_forward": _pairs,
+    "cdist": _pairs,
+    "_pdist_forward": _pairs_within,
+    "pdist": _pairs_within,
+    "_trilinear": _trilinear,
+    "mvlgamma": _order,
+    "mvlgamma_": _order,
+    "special_multigammaln": _order,
+}
+
+
+def work(name: str, args: Args) -> int:
+    """So many operations does a call do at most that goes through its inputs more than a few times; 0 for the rest."""
+    base, _, overload = name.partition(".")
+    if overload == "data" and base in ("gru", "lstm", "rnn_relu", "rnn_tanh"):
+        return _packed_steps(args)
+    rule = _WORK.get(base)
+    return 0 if rule is None else max(0, int(rule(args)))
+
+
+def reads_values(name: str) -> bool:
+    """Whether `work` looks at elements, or at numbers that do not shape a result."""
+    return name.partition(".")[0].removeprefix("special_") in _POLYNOMIALS

@@ -1,0 +1,215 @@
+"""What a call will take, known before it runs: bytes, operations, and whether it would change a value's own size.
+
+What must live here: how all that is found, from meta tensors where they suffice and from `bounds` where not. What must
+not: limits, and who is charged. Nothing here allocates more than a call's own inputs do.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from ..errors import LimitError, ProgramError
+from .bounds import BOUNDED, bound, pieces, reads_values, work
+from .call import Call
+from .check import complete_arguments
+from .ops import operator
+from .outcome import Spec, expected, spec, stand_in
+from .run import computing, overload, value_of
+from .typing import meta, type_of
+
+__all__ = ["WRAPS", "Forecast", "forecast"]
+
+WRAPS = 1 << 62  # bytes: near here torch's own arithmetic wraps around
+
+
+class Forecast(msgspec.Struct, frozen=True):
+    """What a call will take.
+
+    `fresh`     bytes of new storage for its results
+    `most`      bytes of the largest thing that it makes or goes through; the elements of an input count as often as
+                they are repeated
+    `flops`     operations, of an operator that can have many for the size of its inputs
+    `single`    the type of its only result, if it has only one and that could be typed
+    `lasting`   whether the same types always take the same; else it depends on elements
+    """
+
+    fresh: int
+    most: int
+    flops: int = 0
+    single: Spec | None = None
+    lasting: bool = True
+
+
+def forecast(call: Call, values: Mapping[int, Any], flops: float) -> Forecast:
+    """What a call on these values will take. It is not even typed if it needs more than `flops`: a long loop is long
+    on meta tensors too. Raises `ProgramError` for a call that breaks a rule, `LimitError` for one that cannot be
+    sized, and whatever torch raises if the call is wrong."""
+    rule = _rule(call.op)
+    args = {param.name: value_of(arg, values) for param, arg in complete_arguments(rule.operator, call)}
+    _check(rule, call, args)
+    steps = work(call.op, args)
+    if steps > flops:
+        return Forecast(0, 0, steps, lasting=not reads_values(call.op))
+    through = max([spec(type_of(tensor)).volume for tensor in _tensors(args)], default=0)
+    if rule.operator.dynamic and not _at_positions(args):
+        return _bounded(rule, args, through, steps)
+    try:
+        return _typed(rule, args, through, steps)
+    except ProgramError:
+        raise
+    except Exception as error:
+        if rule.name in BOUNDED:
+            return _bounded(rule, args, through, steps)
+        if rule.in_place:  # it makes nothing, and says itself what is wrong
+            return Forecast(0, through, steps)
+        if isinstance(error, NotImplementedError):  # torch has no meta kernel
+            raise LimitError(f"{call.op} cannot be sized before it runs, and is refused for that: {error}") from None
+        raise
+
+
+class _Rule:
+    """What a forecast needs of one operator, looked up once."""
+
+    __slots__ = ("function", "in_place", "makes", "name", "operator", "positional")
+
+    def __init__(self, name: str) -> None:
+        self.operator = operator(name)
+        self.name = self.operator.name
+        self.function: Any = overload(name)
+        self.positional = [param.name for param in self.operator.params if not param.keyword]
+        # Writes to what it is given and makes nothing; what writes to an `out` would resize that one.
+        self.in_place = self.operator.writes and not any(p.writes and p.keyword for p in self.operator.params)
+        self.in_place = self.in_place and all(item.same_as for item in self.operator.returns)
+        self.makes = any(param.kind == "Device" for param in self.operator.params)
+
+
+@functools.cache
+def _rule(name: str) -> _Rule:
+    return _Rule(name)
+
+
+def _check(rule: _Rule, call: Call, args: dict[str, Any]) -> None:
+    if rule.operator.reshapes:
+        raise ProgramError(f"{call.op} changes the shape of a slot under those that share it; call its plain form")
+    if not rule.makes and next(_tensors(args), None) is None:
+        raise ProgramError(f"{call.op} was given no tensor")
+    if any(isinstance(value, torch.device) and value.type == "meta" for value in args.values()):
+        raise ProgramError(f"{call.op}: the device 'meta' holds no values")
+    results = pieces(call.op, args)
+    if results > len(call.outs):
+        raise ProgramError(f"{call.op} gives {results:,} results, and {len(call.outs):,} ids to bind them")
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _at_positions(args: dict[str, Any]) -> bool:
+    """Whether this is indexing without a mask: then types suffice."""
+    indices = args.get("indices")
+    return isinstance(indices, list) and not any(
+        index.dtype in (torch.bool, torch.uint8) for index in _tensors(indices)
+    )
+
+
+def _bounded(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forecast:
+    nbytes = bound(rule.name, args)
+    if nbytes is None:
+        raise LimitError(f"{rule.name} cannot be sized before it runs, and is refused for that")
+    return Forecast(nbytes, max(nbytes, through if nbytes else 0), steps, lasting=False)
+
+
+# -- on meta tensors --------------------------------------------------------------------------------------
+
+
+_address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
+
+
+def _typed(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forecast:
+    stands = {name: _as_meta(value, rule.operator.writes) for name, value in args.items()}
+    if rule.makes:
+        stands["device"] = torch.device("meta")
+    written = [
+        (param.name, tensor)
+        for param in rule.operator.params
+        if param.writes
+        for tensor in _tensors(stands[param.name])
+    ]
+    before = [type_of(tensor) for _, tensor in written]
+    result, tally = _run(rule, stands)
+    for (name, tensor), type_ in zip(written, before, strict=True):
+        if type_of(tensor) != type_:
+            raise ProgramError(
+                f"{rule.name} would change '{name}' in place from {type_} to {type_of(tensor)}, and other slots may "
+                "share it; give it what it should have first"
+            )
+    given = {_address(tensor) for tensor in _tensors(stands)}
+    storages = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in _tensors(result)}
+    fresh = sum(nbytes for address, nbytes in storages.items() if address not in given)
+    outcome = expected(rule.operator, result)
+    widest = max([spec(type_of(tensor)).volume for tensor in _tensors(result)], default=0)
+    reads = fresh or rule.operator.writes or not outcome.results  # else every result is a view
+    most = max(fresh, tally.largest, widest if widest >= WRAPS else 0, through if reads else 0)
+    return Forecast(fresh, most, max(steps, tally.flops), outcome.single, lasting=not reads_values(rule.name))
+
+
+def _run(rule: _Rule, stands: dict[str, Any]) -> tuple[Any, _Tally]:
+    args = []
+    for name in rule.positional:  # as many as stand in a row; the rest have their names
+        if name not in stands:
+            break
+        args.append(stands[name])
+    taken = rule.positional[: len(args)]
+    kwargs = {name: value for name, value in stands.items() if name not in taken}
+    with warnings.catch_warnings(), computing(), _Tally() as tally:
+        warnings.simplefilter("ignore")  # the kernel says it again, if it runs
+        return rule.function(*args, **kwargs), tally
+
+
+def _as_meta(value: Any, fresh: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        given = spec(type_of(value))
+        return meta(given.type) if fresh else stand_in(given)
+    if isinstance(value, list):
+        return [_as_meta(item, fresh) for item in value]
+    return value
+
+
+class _Tally(TorchDispatchMode):
+    """Looks into composite operators: the largest thing that one makes on the way, and the operations that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it
+        self.largest = 0
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self:
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        given = {_address(tensor) for tensor in _tensors([args, kwargs])}
+        made = [tensor.untyped_storage().nbytes() for tensor in _tensors(result) if _address(tensor) not in given]
+        self.largest = max(self.largest, *made, 0)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += math.ceil(formula(*args, **kwargs, out_val=result))
+        return result

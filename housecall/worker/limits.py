@@ -1,0 +1,308 @@
+"""What one session may use of the machine, and the meter that refuses more: before it runs, not by dying of it.
+
+What must live here: the limits, and every decision to refuse for the sake of one. What must not: what a call takes
+(`program.forecast`), whose memory a slot is (`store`).
+
+NOTE [What is refused]
+- a call whose results, or anything that it makes on the way, need more than `call_bytes`, or more than the session may
+  still hold, or more slots;
+- one that goes through more than `call_bytes` of elements of one input, each counted as often as `expand` repeats it,
+  or needs more than `call_flops`: an operator that runs cannot be stopped, and others wait for it;
+- one that would change the size of a value in place, as `t_` and an `out=` of another shape do;
+- one that cannot be sized before it runs;
+- one that binds an id that is bound, or writes to what the owner lends;
+- any, when the session's computing time is used up; what is there can still be fetched.
+What a kernel takes for itself while it runs (a work space, a copy of an input that is not contiguous) is not seen: it
+is of the size of its inputs and results, but for the operators that `program.bounds` lists.
+
+The table of forecasts belongs to one session: shared, the time of a look-up would tell one of another's work.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from ..errors import LimitError, ProgramError
+from ..program.call import HOLE, Arg, Call, Complex, Items, refs
+from ..program.check import arguments
+from ..program.forecast import WRAPS, Forecast, forecast
+from ..program.ops import Operator, operator
+from ..program.outcome import by_kind, spec
+from ..program.run import Randomness, execute, value_of
+from ..program.typing import type_of
+from ..types import Ref
+from ..wire.messages import Info, Put, Tag
+from .store import Store
+
+__all__ = ["UNLIMITED", "Limits", "Meter"]
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What one session may use: bytes, slots, operations, seconds of computing. `None` is no limit.
+
+    `call_bytes` is for what one call makes or goes through, `reply_bytes` for what one reply carries."""
+
+    session_bytes: int | None = 4_000_000_000
+    slots: int | None = 100_000
+    call_bytes: int | None = 2_000_000_000
+    call_flops: int | None = 20_000_000_000_000
+    compute_s: float | None = 86_400.0
+    reply_bytes: int | None = 4_000_000_000
+
+
+UNLIMITED = Limits(None, None, None, None, None, None)
+
+TEXT = 2_000  # characters of a reason, or of a slot's tags and description
+QUESTIONS = 1 << 16  # ids in one message
+ENTRY = 300  # bytes that anything takes in a reply besides its elements
+_TABLE = 1 << 12  # forecasts that a session keeps
+_LONGEST_KEY = 1 << 10
+_PLAIN = frozenset((bool, type(None), str))
+
+
+class Meter:
+    """One session's use of the machine against its limits. `clock` gives seconds, and only goes forward."""
+
+    def __init__(self, limits: Limits, store: Store, randomness: Randomness, clock: Callable[[], float]) -> None:
+        self.limits, self.clock = limits, clock
+        self.spent = 0.0
+        self._store, self._randomness = store, randomness
+        self._forecasts: dict[tuple[Any, ...], Forecast] = {}
+        self._leaving = 0
+        self._session_bytes = _number(limits.session_bytes)
+        self._slots = _number(limits.slots)
+        self._call_bytes = _number(limits.call_bytes)
+        self._call_flops = _number(limits.call_flops)
+        self._compute_s = _number(limits.compute_s)
+        self._reply_bytes = _number(limits.reply_bytes)
+
+    # -- calls --------------------------------------------------------------------------------------------
+
+    def call(self, call: Call) -> None:
+        """Run a call, or refuse it: `LimitError` for what it takes, `ProgramError` for what it says."""
+        store, outs = self._store, call.outs
+        coming = self._forecast(call)
+        if (
+            coming.most > self._call_bytes
+            or coming.flops > self._call_flops
+            or store.held + coming.fresh > self._session_bytes
+            or len(store) + len(outs) > self._slots
+            or self.spent >= self._compute_s
+        ):
+            raise self._refusal(call, coming)
+        if len(outs) == 1:
+            if outs[0] in store or outs[0] < HOLE:
+                raise _bound(outs[0])
+        elif outs:
+            _check_new(outs, store)
+        if _rule(call.op).writes:
+            self._check_written(call)
+        execute(call, store, self._randomness)
+        if coming.single is not None:
+            self._count(outs[0], coming)
+        else:
+            for out in outs:
+                if out in store:  # else a hole
+                    store.count(out, store[out])
+
+    def _count(self, out: int, coming: Forecast) -> None:
+        if out == HOLE:
+            self._store.pop(HOLE)
+        else:
+            self._store.count(out, self._store[out], coming.single)
+
+    def _forecast(self, call: Call) -> Forecast:
+        try:
+            key = self._key(call)
+        except KeyError:
+            raise self._absent(call) from None
+        known = self._forecasts.get(key)
+        if known is not None:
+            return known
+        coming = forecast(call, self._store, self._call_flops)
+        if len(self._forecasts) >= _TABLE:
+            self._forecasts.clear()
+        if coming.lasting and sum(len(part) if type(part) is str else 1 for part in key) <= _LONGEST_KEY:
+            self._forecasts[key] = coming
+        return coming
+
+    def _key(self, call: Call) -> tuple[Any, ...]:
+        """What decides what a call takes: its operator, the types of its inputs, its other arguments. `KeyError` if
+        an input is not there."""
+        rule = _rule(call.op)
+        specs, kinds, args = self._store.specs, rule.kinds, call.args
+        if len(args) > len(kinds):
+            arguments(rule.operator, call)  # which says so
+        key: list[Any] = [rule, len(args)]
+        for index, arg in enumerate(args):
+            kind = type(arg)
+            if kind is Ref:
+                key.append(specs[arg.id])  # type: ignore[union-attr]  # `kind` says it is a Ref
+            elif kind is int or kind is float:
+                key.append(kind if kinds[index] else arg)
+            elif kind in _PLAIN:
+                key.append(arg)
+            else:
+                self._part(arg, key, kinds[index])
+        for name, arg in call.kwargs.items():
+            key.append(name)
+            self._part(arg, key, rule.by_name.get(name, False))
+        return tuple(key)
+
+    def _part(self, arg: Arg, key: list[Any], numbers: bool) -> None:
+        kind = type(arg)
+        if kind is Ref:
+            key.append(self._store.specs[arg.id])  # type: ignore[union-attr]  # `kind` says it is a Ref
+        elif kind is Items:
+            key.append(Items)
+            key.append(len(arg.items))  # type: ignore[union-attr]  # as above
+            for item in arg.items:  # type: ignore[union-attr]  # as above
+                self._part(item, key, False)
+        elif numbers and kind in (int, float, Complex):
+            key.append(kind)
+        else:
+            key.append(arg)
+
+    def _absent(self, call: Call) -> Exception:
+        """The error for a call that reads what is not there: the failure that stands there, or that nothing does."""
+        try:
+            value_of(Items((*call.args, *call.kwargs.values())), self._store)
+        except Exception as error:  # whatever the store says of it
+            return error
+        return ProgramError(f"{call.op}: an argument is no value of this session")
+
+    def _check_written(self, call: Call) -> None:
+        """Refuse to write what the owner lends."""
+        for param, arg in arguments(_rule(call.op).operator, call):
+            if param.writes and any(self._store.cells[ref].lent for ref in refs(arg)):
+                raise ProgramError(
+                    f"{call.op} would write to data of the worker's owner, which is there to be read; clone it first"
+                )
+
+    def _refusal(self, call: Call, coming: Forecast) -> LimitError:
+        name, store, limits = call.op, self._store, self.limits
+        if self.spent >= self._compute_s:
+            return LimitError(
+                f"{name} was not run: this session has used up its {limits.compute_s:,g} s of computing time; what it "
+                "holds can still be fetched"
+            )
+        if coming.flops > self._call_flops:
+            return LimitError(
+                f"{name} would take some {coming.flops:.1e} operations, and one call may take {limits.call_flops:.1e}: "
+                "do it in parts"
+            )
+        if coming.most > self._call_bytes:
+            return LimitError(
+                f"{name} would make or go through {coming.most:,} bytes, and one call may {limits.call_bytes:,}: do it "
+                "in parts"
+            )
+        if len(store) + len(call.outs) > self._slots:
+            return self._no_slots(name)
+        return self._no_bytes(name, coming.fresh)
+
+    def _no_slots(self, name: str) -> LimitError:
+        return LimitError(
+            f"{name} needs a slot: this session holds {len(self._store):,} of the {self.limits.slots:,} that it may; "
+            "let go of tensors that you no longer need"
+        )
+
+    def _no_bytes(self, name: str, nbytes: int) -> LimitError:
+        return LimitError(
+            f"{name} would make {nbytes:,} bytes: this session holds {self._store.held:,} of the "
+            f"{self.limits.session_bytes:,} that it may; let go of tensors that you no longer need"
+        )
+
+    # -- other messages -----------------------------------------------------------------------------------
+
+    def put(self, message: Put) -> None:
+        """Store a tensor that came, or refuse it."""
+        store, ref, value = self._store, message.id, message.value.data
+        if ref in store or ref <= HOLE:
+            raise _bound(ref)
+        nbytes = value.untyped_storage().nbytes()
+        if store.held + nbytes > self._session_bytes:
+            raise self._no_bytes("put", nbytes)
+        if len(store) >= self._slots:
+            raise self._no_slots("put")
+        given = spec(type_of(value))
+        if given.volume >= WRAPS:
+            raise LimitError(f"put: {given.type} has more elements than can be counted")
+        store[ref] = value
+        store.count(ref, value, given)
+
+    def check_tag(self, message: Tag) -> None:
+        """Refuse a tag that is longer than any honest one."""
+        if len(message.description) + sum(map(len, message.tags)) + len(message.tags) > TEXT:
+            raise LimitError(f"the tags and description of a slot may have {TEXT:,} characters together")
+
+    def check_question(self, ids: tuple[int, ...]) -> None:
+        """Refuse a question about more slots than any honest one."""
+        if len(ids) > QUESTIONS:
+            raise LimitError(f"a message asks for {len(ids):,} slots, and may ask for {QUESTIONS:,}: ask in parts")
+        self._leaves("the answer", ENTRY * len(ids))
+
+    def check_release(self, value: Any) -> None:
+        """Refuse a value that would make the reply too large: views are filled up before they leave."""
+        rows = zip(value.shape, value.stride(), strict=True)
+        self._leaves("fetch", math.prod(n for n, step in rows if step) * value.element_size())
+
+    def check_found(self, found: tuple[Info, ...]) -> None:
+        """Refuse an answer to a search that would make the reply too large."""
+        self._leaves("search", sum(ENTRY + len(one.description) + sum(map(len, one.tags)) for one in found))
+
+    def _leaves(self, what: str, nbytes: int) -> None:
+        if self._leaving + nbytes > self._reply_bytes:
+            raise LimitError(
+                f"{what} would take {nbytes:,} bytes of a reply that may carry {self.limits.reply_bytes:,} and carries "
+                f"{self._leaving:,}: ask for less at a time"
+            )
+        self._leaving += nbytes
+
+    def new_reply(self) -> None:
+        """A frame begins, and with it a reply."""
+        self._leaving = 0
+
+    def has_room(self) -> bool:
+        """Whether one more slot can be bound."""
+        return len(self._store) < self._slots
+
+
+class _Rule:
+    """What a key needs of one operator, looked up once."""
+
+    __slots__ = ("by_name", "kinds", "operator", "writes")
+
+    def __init__(self, name: str) -> None:
+        self.operator: Operator = operator(name)
+        self.writes = self.operator.writes
+        self.by_name = by_kind(self.operator)
+        self.kinds = tuple(self.by_name[param.name] for param in self.operator.params if not param.keyword)
+
+
+@functools.cache
+def _rule(name: str) -> _Rule:
+    return _Rule(name)
+
+
+def _number(limit: float | None) -> float:
+    return math.inf if limit is None else limit
+
+
+def _bound(ref: int) -> ProgramError:
+    if ref <= HOLE:
+        return ProgramError(f"%{ref} is no id: ids of slots are positive")
+    return ProgramError(f"%{ref} is bound already in this session; bind each id once")
+
+
+def _check_new(outs: tuple[int, ...], store: Store) -> None:
+    taken = set()
+    for out in outs:
+        if out != HOLE:
+            if out < HOLE or out in store or out in taken:
+                raise _bound(out)
+            taken.add(out)

@@ -1,0 +1,190 @@
+"""`Owned`: a data set without its values, what makes one fit to be kept, and its description as TOML and back.
+
+What must live here: every rule about names, tags, columns and counts. What must not: files, locks, elements.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import msgspec
+import tomli_w
+import torch
+from msgspec import Meta
+
+from ..errors import UsageError
+from ..types import TensorType
+from ..wire.codec import ITEM_BYTES
+
+__all__ = ["Owned", "describe", "dtype_name", "from_text", "is_name", "plain", "record_type", "to_text"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
+_TAG = re.compile(r"#[A-Za-z0-9][A-Za-z0-9._:/-]{0,62}", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+class Owned(msgspec.Struct, frozen=True):
+    """An owned data set, without its values.
+
+    `columns`: name -> the type of one record, so a batch of n is `(n, *shape)`. `classes`: column -> the values that
+    its integers number; they stand in the data, so whoever answers for the owner decides whether they may be told.
+    `sources`: column -> what the places of its dimension 1 are, where it was grouped from several.
+    """
+
+    name: str
+    columns: dict[str, TensorType]
+    count: int
+    tags: tuple[str, ...]
+    description: str
+    created: datetime
+    classes: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, tuple[str, ...]] = {}
+
+
+class _Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A column as its description on disk has it: `shape` is of one record."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...] = ()
+
+
+class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `data/NAME.toml` holds."""
+
+    count: int
+    tags: tuple[str, ...]
+    description: str
+    created: Annotated[datetime, Meta(tz=True)]
+    sha256: str
+    columns: dict[str, _Column]
+    classes: dict[str, tuple[str, ...]] = {}
+
+
+def is_name(name: str) -> bool:
+    """Whether a data set may be called so: it becomes part of file names."""
+    return bool(_NAME.fullmatch(name))
+
+
+def describe(
+    name: str,
+    columns: Mapping[str, torch.Tensor],
+    tags: Iterable[str],
+    description: str,
+    classes: Mapping[str, tuple[str, ...]] | None,
+    sources: Mapping[str, tuple[str, ...]] | None,
+    created: datetime,
+) -> Owned:
+    """The description of a data set whose columns are these. `UsageError` for what is unfit, by name."""
+    if not is_name(name):
+        raise UsageError(f"name {name!r} must be 1 to 63 letters, digits, '-', '.' or '_', a letter or digit first")
+    tags = tuple(dict.fromkeys([tags] if isinstance(tags, str) else tags))
+    for tag in tags:
+        if not _TAG.fullmatch(tag):
+            raise UsageError(f"tag {tag!r} must be '#' and 1 to 63 letters, digits or one of ._:/- , as in '#dna'")
+    if len(description) > 10_000 or not all(mark.isprintable() or mark in "\n\t" for mark in description):
+        raise UsageError(f"the description of '{name}' must be printable text of at most 10,000 characters")
+    count = _count(name, columns)
+    types = {column: record_type(tensor) for column, tensor in columns.items()}
+    created = created.astimezone(UTC).replace(microsecond=0)
+    return Owned(name, types, count, tags, description, created, dict(classes or {}), dict(sources or {}))
+
+
+def _count(name: str, columns: Mapping[str, torch.Tensor]) -> int:
+    """How many records the columns have. `UsageError` if they do not agree, or there are none."""
+    if not columns:
+        raise UsageError(f"data set '{name}' has no columns")
+    counts = {column: len(tensor) for column, tensor in columns.items()}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"'{column}' has {count:,}" for column, count in counts.items())
+        raise UsageError(f"the columns of data set '{name}' have different numbers of records: {found}")
+    count = next(iter(counts.values()))
+    for column, tensor in columns.items():
+        if tensor.numel() == 0:
+            raise UsageError(f"column '{column}' of data set '{name}' is empty: its shape is {tuple(tensor.shape)}")
+    return count
+
+
+def plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a column, without autograd. `UsageError` for a column that cannot be stored or does not travel."""
+    if not isinstance(name, str) or not 1 <= len(name) <= 128 or not name.isprintable() or name == "__metadata__":
+        raise UsageError(f"column name {name!r} must be 1 to 128 printable characters")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise UsageError(f"column '{name}' is a {type(tensor).__name__}, expected a torch tensor with its values here")
+    dtype = dtype_name(tensor)
+    if tensor.layout is not torch.strided or dtype not in ITEM_BYTES or tensor.is_meta:
+        raise UsageError(f"column '{name}' is {dtype} {tensor.layout}, expected a dense tensor of a dtype that travels")
+    if tensor.dim() == 0:
+        raise UsageError(f"column '{name}' is a single value: records lie along dimension 0")
+    return tensor.detach().resolve_conj().resolve_neg()
+
+
+def record_type(tensor: torch.Tensor) -> TensorType:
+    """The type of one record, as it would lie by itself."""
+    return _type(dtype_name(tensor), tuple(tensor.shape[1:]))
+
+
+def _type(dtype: str, shape: tuple[int, ...]) -> TensorType:
+    stride: list[int] = []
+    step = 1
+    for n in reversed(shape):
+        stride.insert(0, step)
+        step *= max(n, 1)
+    return TensorType(dtype, shape, tuple(stride))
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """torch's name without its prefix: "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def to_text(owned: Owned, digest: str) -> str:
+    """The description as TOML; `digest` is the SHA-256 of the file that holds the elements."""
+    columns: dict[str, dict[str, Any]] = {}
+    for name, type_ in owned.columns.items():
+        columns[name] = {"dtype": type_.dtype, "shape": list(type_.shape)}
+        if name in owned.sources:
+            columns[name]["sources"] = list(owned.sources[name])
+    description: dict[str, Any] = {
+        "count": owned.count,
+        "tags": list(owned.tags),
+        "description": owned.description,
+        "created": owned.created,
+        "sha256": digest,
+        "columns": columns,
+    }
+    if owned.classes:
+        description["classes"] = {name: list(values) for name, values in owned.classes.items()}
+    return "# A data set of this worker; `housecall worker` writes this file.\n" + tomli_w.dumps(description)
+
+
+def from_text(name: str, text: str) -> tuple[Owned, str]:
+    """The description that a TOML text holds, and the digest in it. ValueError says what is wrong with it."""
+    described = msgspec.toml.decode(text, type=_Description)  # its errors are ValueErrors
+    _check(described)
+    owned = Owned(
+        name,
+        {column: _type(of.dtype, of.shape) for column, of in described.columns.items()},
+        described.count,
+        described.tags,
+        described.description,
+        described.created,
+        described.classes,
+        {column: of.sources for column, of in described.columns.items() if of.sources},
+    )
+    return owned, described.sha256
+
+
+def _check(described: _Description) -> None:
+    if not _DIGEST.fullmatch(described.sha256):
+        raise ValueError("sha256 is no SHA-256")
+    if not all(_TAG.fullmatch(tag) for tag in described.tags):
+        raise ValueError("a tag is '#' and letters, digits or ._:/-")
+    if described.count < 1 or not described.columns:
+        raise ValueError("a data set has at least one record and one column")
+    for column, of in described.columns.items():
+        if of.dtype not in ITEM_BYTES or min(of.shape, default=1) < 1:
+            raise ValueError(f"column '{column}' has no type that travels")
