@@ -48,7 +48,9 @@ class Kind(Enum):
     BREAK_AFTER = "break after the packet"  # it arrives, then the stream breaks
     TRUNCATED = "truncated packet"  # half of it arrives, then the stream breaks
     CORRUPTED = "corrupted packet"  # it arrives changed; see NOTE [What TLS has taken care of]
-    DUPLICATED = "duplicated message"  # the frame or reply that it is of arrives twice; nothing for control packets
+    DUPLICATED = (
+        "duplicated message"  # the frame or reply that it is of arrives twice; after a control packet, the next one
+    )
     REORDERED = "reordered on reconnect"  # the stream breaks, and the packet arrives after the next stream began
     HALF_OPEN = "half-open stream"  # nothing arrives any more, either way, and nobody says so but the keep-alive
     REFUSED = "refused connection"  # the attempt to open a stream fails
@@ -137,15 +139,14 @@ class Faults:
 
 def faulty(dial: Dial, faults: Faults) -> Dial:
     """The same way to reach a worker, with faults."""
-    latest: list[weakref.ref[_FaultyLink]] = []
+    latest: list[_FaultyLink] = []  # the last one, and those before it that it has not succeeded
 
     def open_stream(outgoing: Iterator[bytes]) -> Link:
         if faults.meets("dial") is Kind.REFUSED:
             return _Refusing()
-        before = latest.pop()() if latest else None
-        link = _FaultyLink(dial, faults, outgoing, before)
-        latest.append(weakref.ref(link))
-        return link
+        before = [link for link in latest if not link.succeeded.is_set()]
+        latest[:] = [*before, _FaultyLink(dial, faults, outgoing, before)]
+        return latest[-1]
 
     return open_stream
 
@@ -163,8 +164,8 @@ class _Refusing:
 class _Copies:
     """The packets of the frame or reply that is passing by, to pass them once more if that is asked for."""
 
-    def __init__(self, kind: type[Frame] | type[Reply]) -> None:
-        self._whole: Assembler[Frame] | Assembler[Reply] = Assembler(kind)
+    def __init__(self, whole: Assembler[Frame] | Assembler[Reply]) -> None:
+        self._whole = whole
         self._packets: list[bytes] = []
         self.wanted = False
 
@@ -184,7 +185,7 @@ class _FaultyLink:
     """One stream through its faults. What is sent passes on the thread that pulls it, what comes on one of our own,
     so that a stream which has broken, or is half open, keeps nobody waiting."""
 
-    def __init__(self, dial: Dial, faults: Faults, outgoing: Iterator[bytes], before: _FaultyLink | None) -> None:
+    def __init__(self, dial: Dial, faults: Faults, outgoing: Iterator[bytes], before: list[_FaultyLink]) -> None:
         self._faults = faults
         self._before = before
         self._changed = threading.Condition()
@@ -195,8 +196,8 @@ class _FaultyLink:
         self._half_open = False
         self._held: list[bytes] = []
         self._lingers = False  # the worker is not to notice the end before the next stream has begun
-        self._succeeded = threading.Event()
-        self._copies = {"out": _Copies(Frame), "in": _Copies(Reply)}
+        self.succeeded = threading.Event()
+        self._copies = {"out": _Copies(Assembler(Frame)), "in": _Copies(Assembler(Reply))}
         faults._streams.add(self)
         link = dial(self._sent(outgoing))
         threading.Thread(target=self._receive, args=(link,), name="housecall-faulty", daemon=True).start()
@@ -242,7 +243,7 @@ class _FaultyLink:
             if self._end is not None:
                 break
         if self._lingers:
-            self._succeeded.wait(self._faults.linger_s)
+            self.succeeded.wait(self._faults.linger_s)
             yield from self._held
 
     # -- what comes ---------------------------------------------------------------------------------------
@@ -251,12 +252,11 @@ class _FaultyLink:
         try:
             while self._end is None:
                 packet = next(link)
-                if self._before is not None:
-                    self._before._succeeded.set()
-                    self._before = None
+                while self._before:
+                    self._before.pop().succeeded.set()
                 for passed in self._through("in", packet):
                     self._deliver(passed)
-            self._succeeded.wait(self._faults.linger_s if self._lingers else 0)
+            self.succeeded.wait(self._faults.linger_s if self._lingers else 0)
         except StopIteration:
             self.broken("")
         except LinkLost as loss:
@@ -297,9 +297,10 @@ class _FaultyLink:
                 yield packet[: len(packet) // 2]
                 self.broken("the connection was lost within a packet")
             case Kind.CORRUPTED:
+                copies.after(packet)
                 yield bytes((packet[0] ^ 0x80,)) + packet[1:]
             case Kind.REORDERED:
-                self._held, self._lingers = [packet], True
+                self._held, self._lingers = [packet] if way == "out" else [], True
                 self.broken("the connection was lost")
             case _:
                 yield packet
@@ -332,6 +333,7 @@ class Clock:
         self.now = 0.0
 
     def __call__(self) -> float:
+        """The time now."""
         return self.now
 
     def advance(self, seconds: float) -> None:

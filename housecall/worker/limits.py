@@ -100,7 +100,7 @@ class Meter:
                 raise _bound(outs[0])
         elif outs:
             _check_new(outs, store)
-        if _rule(call.op).writes:
+        if store.lends and _rule(call.op).writes:
             self._check_written(call)
         execute(call, store, self._randomness)
         if coming.single is not None:

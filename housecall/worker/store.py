@@ -63,6 +63,7 @@ class Store(dict[int, Any]):
         self.cells: dict[int, Cell] = {}
         self.lent: dict[int, torch.Tensor] = {}
         self.held = 0
+        self.lends = False  # whether there ever was a cell that is lent
         self.turned_away: tuple[int, Failed] | None = None  # the first id that found no room, and why
         self._by_address: dict[int, Cell] = {}
 
@@ -93,6 +94,7 @@ class Store(dict[int, Any]):
         self.lent[address] = value
         if address not in self._by_address:
             self._by_address[address] = Cell(address, 0, lent=True)
+        self.lends = True
         self[ref] = value
         self.count(ref, value)
 
