@@ -64,7 +64,7 @@ class Service:
         where = Address(host.strip("[]"), int(port), secure=not plaintext)
         torch.set_num_threads(self.threads)
         self.host = Host(
-            Worker(config.name, _limits(config), catalogue=self.catalogue),
+            Worker(config.name, _limits(config), catalogue=self.catalogue, device=config.device),
             threads=self.threads,
             lease_s=config.lease_s,
             frame_bytes=config.limits.frame_mb * 1_000_000,

@@ -267,8 +267,9 @@ class _FaultyLink:
     def _deliver(self, packet: bytes) -> None:
         with self._changed:
             self._changed.wait_for(lambda: len(self._came) < 2 or self._end is not None)  # what lies about is bounded
-            self._came.append(packet)
-            self._changed.notify_all()
+            if self._end is None:
+                self._came.append(packet)
+                self._changed.notify_all()
 
     # -- what happens to a packet -------------------------------------------------------------------------
 

@@ -16,16 +16,21 @@ from typing import Any, Protocol
 
 import msgspec
 
-__all__ = ["Door", "Ref", "TensorType", "Transport"]
+__all__ = ["Door", "Ref", "Struct", "TensorType", "Transport"]
 
 
-class Ref(msgspec.Struct, frozen=True, array_like=True, tag="ref", tag_field="t", gc=False):
+class Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What travels: an array of its fields in their order, after its tag. One field too many is an error, never
+    something that one side passes over."""
+
+
+class Ref(Struct, frozen=True, tag="ref", tag_field="t", gc=False):
     """A slot in the store of one session at one worker, or a name bound inside a program."""
 
     id: int
 
 
-class TensorType(msgspec.Struct, frozen=True, array_like=True, tag="type", tag_field="t"):
+class TensorType(Struct, frozen=True, tag="type", tag_field="t"):
     """All that torch asks of a tensor besides its elements.
 
     `dtype` is torch's name without the prefix ("float32"); `stride` and `offset` count elements; `conj` and

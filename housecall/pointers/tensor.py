@@ -124,6 +124,22 @@ class PointerTensor(torch.Tensor):
         """Describe the value in words. Returns this pointer."""
         return self.location.describe(self, description)  # type: ignore[no-any-return]  # as above
 
+    # -- devices: torch would look for them on this machine -------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's. A device is one of the worker's: `x.to("cuda")` works where the caller has none.
+
+        On this side a pointer's `device` stays what it was: it says nothing of the worker's hardware."""
+        device, args, kwargs = _device_of(args, kwargs)
+        if device is None or device.type == "cpu":
+            return super().to(*args, **kwargs) if args or kwargs else self
+        moved = torch.ops.aten._to_copy.default(self, device=device)
+        return moved.to(*args, **kwargs) if args or kwargs else moved
+
+    def cuda(self, device: Any = None, non_blocking: bool = False, memory_format: Any = None) -> Any:
+        """`.to("cuda")`: the worker's."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
     # -- the rest of what torch.Tensor does by touching memory --------------------------------------------
 
     @property
@@ -186,6 +202,16 @@ class PointerTensor(torch.Tensor):
         shape = " × ".join(map(str, self.shape)) or "scalar"
         grad = ", requires grad" if self.requires_grad else ""
         return f"<code>{self!r}</code><br><small>{shape}, {self.dtype}{grad}; the value is at the worker</small>"
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, tuple[Any, ...], Any]:
+    """The device among the arguments of `.to`, and the arguments without it."""
+    given = kwargs.get("device", args[0] if args else None)
+    if not isinstance(given, str | int | torch.device) or isinstance(given, bool):
+        return None, args, kwargs
+    device = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
+    rest = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking")}
+    return device, (args if "device" in kwargs else args[1:]), rest
 
 
 def spend(pointer: PointerTensor, taken_by: str) -> None:

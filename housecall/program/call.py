@@ -18,28 +18,28 @@ from typing import Literal
 
 import msgspec
 
-from ..types import Ref, TensorType
+from ..types import Ref, Struct, TensorType
 
 __all__ = ["HOLE", "Arg", "Call", "Complex", "Input", "Items", "Program", "Symbol", "call_text", "refs", "text"]
 
 HOLE = 0
 
 
-class Complex(msgspec.Struct, frozen=True, array_like=True, tag="complex", tag_field="t"):
+class Complex(Struct, frozen=True, tag="complex", tag_field="t"):
     """A complex scalar."""
 
     real: float
     imag: float
 
 
-class Symbol(msgspec.Struct, frozen=True, array_like=True, tag="symbol", tag_field="t"):
+class Symbol(Struct, frozen=True, tag="symbol", tag_field="t"):
     """A member of one of torch's enumerations, by name. The kind keeps data from impersonating a type."""
 
     kind: Literal["dtype", "device", "layout", "memory_format"]
     name: str
 
 
-class Items(msgspec.Struct, frozen=True, array_like=True, tag="items", tag_field="t"):
+class Items(Struct, frozen=True, tag="items", tag_field="t"):
     """A list argument: sizes, dimensions, tensors, optional tensors."""
 
     items: tuple[Arg, ...]
@@ -48,7 +48,7 @@ class Items(msgspec.Struct, frozen=True, array_like=True, tag="items", tag_field
 Arg = None | bool | int | float | str | Ref | Complex | Symbol | Items
 
 
-class Call(msgspec.Struct, frozen=True, array_like=True, tag="call", tag_field="t", gc=False):
+class Call(Struct, frozen=True, tag="call", tag_field="t", gc=False):
     """`outs = op(*args, **kwargs)`; `op` is an ATen overload without its namespace ("add.Tensor")."""
 
     op: str
@@ -57,7 +57,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True, tag="call", tag_field="
     outs: tuple[int, ...]
 
 
-class Input(msgspec.Struct, frozen=True, array_like=True):
+class Input(Struct, frozen=True):
     """A named input of a program, the id it binds, and its type."""
 
     name: str
@@ -65,7 +65,7 @@ class Input(msgspec.Struct, frozen=True, array_like=True):
     type: TensorType
 
 
-class Program(msgspec.Struct, frozen=True, array_like=True, tag="program", tag_field="t"):
+class Program(Struct, frozen=True, tag="program", tag_field="t"):
     """A straight-line, single-assignment list of calls with named inputs and outputs.
 
     `outputs` maps a name to a bound id. `program.check.check` says whether it may run, `program.run.run`

@@ -15,6 +15,7 @@ everything done with it says so. Each stream has a number; what an old one still
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -125,8 +126,10 @@ class StreamTransport:
                 return
             self._lost = "is closed; its values are gone. Connect anew"
             self._changed.notify_all()
-        if self._link is not None:
-            self._await_end(self._link)
+        if self._link is None or not self._ended(self._link):  # the stream had broken: tell the worker over another
+            with contextlib.suppress(LinkLost, StopIteration, ProtocolError, WorkerGone):
+                self._ended(self._connect())
+        self._give_up_link()
 
     # -- reading ------------------------------------------------------------------------------------------
 
@@ -148,7 +151,7 @@ class StreamTransport:
             self._take(packet)
         except ProtocolError as error:
             self._lose(f"broke the protocol: {error}")
-            raise
+            self._check_open()
 
     def _take(self, packet: bytes) -> None:
         if is_control(packet):
@@ -217,6 +220,9 @@ class StreamTransport:
                 return
             except (LinkLost, StopIteration) as loss:
                 why = str(loss) or "the stream ended"
+            except ProtocolError as error:
+                self._lose(f"broke the protocol: {error}")
+                self._check_open()
             except BaseException:
                 self._give_up_link()
                 raise
@@ -226,20 +232,30 @@ class StreamTransport:
             self._sleep(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
 
-    def _connect(self) -> None:
+    def _connect(self) -> Link:
         with self._changed:
             self._stream += 1
             hello = Hello(PROTOCOL, self._token, self._line.received, self._client)
         self._assembler = Assembler(Reply)
-        self._link = self._dial(self._outgoing(self._stream, hello))
-        match read_control(next(self._link)):
+        link = self._link = self._dial(self._outgoing(self._stream, hello))
+        watchdog = threading.Timer(
+            max(self._patience, 1.0), link.cancel
+        )  # for a worker that accepts, and never answers
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            packet = next(link)
+        finally:
+            watchdog.cancel()
+        match read_control(packet):
             case Welcome() as welcome:
                 self._welcomed(welcome)
+                return link
             case Refused(reason=reason):
                 self._lose(reason)
-                self._check_open()
+                raise self._error()
             case other:
-                raise ProtocolError(f"worker '{self.name}' began with a {type(other).__name__}")
+                raise ProtocolError(f"a {type(other).__name__} where a Welcome is due")
 
     def _welcomed(self, welcome: Welcome) -> None:
         with self._changed:
@@ -260,15 +276,15 @@ class StreamTransport:
         if link is not None:
             link.cancel()
 
-    def _await_end(self, link: Link) -> None:
-        """Read until the worker has seen our Bye and ended the stream."""
+    def _ended(self, link: Link) -> bool:
+        """Read until the worker has seen our Bye and ended the stream; whether it has."""
         try:
             while True:
                 next(link)
-        except (LinkLost, StopIteration):
-            pass
-        finally:
-            self._give_up_link()
+        except StopIteration:
+            return True
+        except LinkLost:
+            return False
 
     def _lose(self, why: str) -> None:
         self._lost = self._lost or f"{why}. The values it held for this session are lost; connect again"
@@ -276,4 +292,7 @@ class StreamTransport:
 
     def _check_open(self) -> None:
         if self._lost is not None:
-            raise WorkerGone(f"worker '{self.name}' {self._lost}")
+            raise self._error()
+
+    def _error(self) -> WorkerGone:
+        return WorkerGone(f"worker '{self.name}' {self._lost}")

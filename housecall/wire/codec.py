@@ -15,10 +15,11 @@ import msgspec
 
 from ..errors import CodecError
 from ..types import TensorType
-from .messages import Array, Blob, Control, Frame, Message, Put, Reply, Result, Seed, Value
+from .messages import Array, Blob, Control, Found, Frame, Message, Put, Reply, Result, Seed, Types, Value
 
 __all__ = [
     "ITEM_BYTES",
+    "MAX_DIMS",
     "MAX_HEAD_BYTES",
     "arrays",
     "blob_sizes",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 MAX_HEAD_BYTES = 64 << 20  # of a frame without its blobs: some 500,000 calls
+MAX_DIMS = 64  # torch's own limit
+_QUOTED = 300  # characters of a peer's text that an error repeats: errors are logged, and sent back
 
 # The closed table of dtypes that travel, with the size of an element in bytes.
 ITEM_BYTES = {
@@ -51,8 +54,12 @@ _DECODERS: dict[Any, msgspec.msgpack.Decoder[Any]] = {
 
 
 def encode(body: Frame | Reply | Control) -> bytes:
-    """The bytes of a frame, a reply or a control message; the elements of its arrays are bytes or a `Blob`."""
-    return _ENCODER.encode(body)
+    """The bytes of a frame, a reply or a control message; the elements of its arrays are bytes or a `Blob`.
+    Raises `CodecError` for what has no bytes: an integer beyond 64 bits, half of a surrogate pair."""
+    try:
+        return _ENCODER.encode(body)
+    except (msgspec.MsgspecError, UnicodeEncodeError, RecursionError, OverflowError) as error:
+        raise CodecError(f"a {type(body).__name__} that does not travel: {_brief(str(error))}") from None
 
 
 def decode(data: bytes | bytearray | memoryview, body: type[Body]) -> Body:
@@ -72,7 +79,11 @@ def _decoded(data: bytes | bytearray | memoryview, kind: Any, name: str) -> Any:
         return _DECODERS[kind].decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         # msgspec lets UnicodeDecodeError out beside its own class; to a peer both are the same mistake.
-        raise CodecError(f"not a {name}: {error}") from None
+        raise CodecError(f"not a {name}: {_brief(str(error))}") from None
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 
 # -- the arrays of a frame or reply -----------------------------------------------------------------------
@@ -114,13 +125,24 @@ def _changed_result(result: Result, change: Callable[[Array], Array]) -> Result:
 
 
 def blob_sizes(body: Frame | Reply) -> list[int]:
-    """Check every array; the sizes of the blobs that follow, in bytes. Raises `CodecError` for a lie."""
+    """Check every type and array; the sizes of the blobs that follow, in bytes. Raises `CodecError` for a lie."""
+    for type_ in _types(body):
+        _elements(type_)
     sizes = []
     for array in arrays(body):
         check_array(array)
         if isinstance(array.data, Blob):
             sizes.append(array.data.size)
     return sizes
+
+
+def _types(body: Frame | Reply) -> Iterator[TensorType]:
+    """The types that come without elements."""
+    for result in body.results if isinstance(body, Reply) else ():
+        if isinstance(result, Types):
+            yield from (item for item in result.types if isinstance(item, TensorType))
+        elif isinstance(result, Found):
+            yield from (item.tensor for item in result.slots)
 
 
 def check_array(array: Array) -> TensorType:
@@ -130,19 +152,22 @@ def check_array(array: Array) -> TensorType:
     expected = _elements(array.type) * ITEM_BYTES[array.type.dtype]
     found = array.data.size if isinstance(array.data, Blob) else len(array.data)
     if found != expected:
-        raise CodecError(f"{array.type} came with {found:,} bytes, expected {expected:,}")
+        raise CodecError(f"{_brief(str(array.type))} came with {found:,} bytes, expected {expected:,}")
     return array.type
 
 
 def _elements(type_: TensorType) -> int:
     """How many elements travel: a dimension of stride 0 repeats what is there, so it travels once."""
     if type_.dtype not in ITEM_BYTES:
-        raise CodecError(f"unknown dtype '{type_.dtype}'")
+        raise CodecError(f"unknown dtype '{_brief(type_.dtype)}'")
+    if len(type_.shape) > MAX_DIMS:
+        raise CodecError(f"a type of {len(type_.shape):,} dimensions is no tensor's type: at most {MAX_DIMS} are")
     numbers = (*type_.shape, *type_.stride, type_.offset)
-    if len(type_.shape) != len(type_.stride) or min(numbers, default=0) < 0 or len(type_.shape) > 64:
-        raise CodecError(f"{type_} with stride {type_.stride} and offset {type_.offset} is no tensor's type")
+    if len(type_.shape) != len(type_.stride) or min(numbers) < 0:
+        found = f"shape {type_.shape} with stride {type_.stride} and offset {type_.offset}"
+        raise CodecError(f"{_brief(found)} is no tensor's type")
     if type_.conj and not type_.dtype.startswith("complex"):
-        raise CodecError(f"{type_} has the conjugate bit, which only complex tensors have")
+        raise CodecError(f"{_brief(str(type_))} has the conjugate bit, which only complex tensors have")
     if 0 in type_.shape:
         return 0
     return math.prod(n for n, s in zip(type_.shape, type_.stride, strict=True) if s != 0)

@@ -8,12 +8,12 @@ There is no third form, and none of them is code.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
 from ..program.call import Call
-from ..types import TensorType
+from ..types import Struct, TensorType
 
 __all__ = [
     "Ack",
@@ -48,7 +48,10 @@ __all__ = [
 ]
 
 
-class Blob(msgspec.Struct, frozen=True, array_like=True, tag="blob", tag_field="t", gc=False):
+Count = Annotated[int, msgspec.Meta(ge=0)]  # of frames, replies, records: never negative
+
+
+class Blob(Struct, frozen=True, tag="blob", tag_field="t", gc=False):
     """Elements that follow the message: the next `size` bytes after it, in the order of its blobs."""
 
     size: int
@@ -60,7 +63,7 @@ else:
     Elements = bytes | Blob
 
 
-class Array(msgspec.Struct, frozen=True, array_like=True, tag="array", tag_field="t"):
+class Array(Struct, frozen=True, tag="array", tag_field="t"):
     """A tensor on its way: `data` holds exactly the elements of `type`, never the rest of a storage. The type is
     left out within one process, where `data` is the tensor."""
 
@@ -68,38 +71,38 @@ class Array(msgspec.Struct, frozen=True, array_like=True, tag="array", tag_field
     data: Elements
 
 
-class Put(msgspec.Struct, frozen=True, array_like=True, tag="put", tag_field="t"):
+class Put(Struct, frozen=True, tag="put", tag_field="t"):
     """Store a tensor under a new id."""
 
     id: int
     value: Array
 
 
-class Drop(msgspec.Struct, frozen=True, array_like=True, tag="drop", tag_field="t", gc=False):
+class Drop(Struct, frozen=True, tag="drop", tag_field="t", gc=False):
     """Nobody points at this id any more. Stands in order among the calls, so memory is reused at once."""
 
     id: int
 
 
-class Fetch(msgspec.Struct, frozen=True, array_like=True, tag="fetch", tag_field="t"):
+class Fetch(Struct, frozen=True, tag="fetch", tag_field="t"):
     """Ask for values: each leaves through the worker's `release`, or the reply says why not."""
 
     ids: tuple[int, ...]
 
 
-class Describe(msgspec.Struct, frozen=True, array_like=True, tag="describe", tag_field="t"):
+class Describe(Struct, frozen=True, tag="describe", tag_field="t"):
     """Ask for the types of slots: for results whose shape the caller cannot know (`nonzero`)."""
 
     ids: tuple[int, ...]
 
 
-class Seed(msgspec.Struct, frozen=True, array_like=True, tag="seed", tag_field="t"):
+class Seed(Struct, frozen=True, tag="seed", tag_field="t"):
     """The state of the caller's random generator: the session's draws continue from it."""
 
     state: Array
 
 
-class Tag(msgspec.Struct, frozen=True, array_like=True, tag="tag", tag_field="t"):
+class Tag(Struct, frozen=True, tag="tag", tag_field="t"):
     """Name a slot, so that `Search` finds it: tags begin with '#', the description is free text."""
 
     id: int
@@ -107,23 +110,23 @@ class Tag(msgspec.Struct, frozen=True, array_like=True, tag="tag", tag_field="t"
     description: str
 
 
-class Search(msgspec.Struct, frozen=True, array_like=True, tag="search", tag_field="t"):
+class Search(Struct, frozen=True, tag="search", tag_field="t"):
     """Which tagged slots of this session, and which of the worker's own data sets, carry all of these tags?"""
 
     tags: tuple[str, ...]
 
 
-class Clear(msgspec.Struct, frozen=True, array_like=True, tag="clear", tag_field="t"):
+class Clear(Struct, frozen=True, tag="clear", tag_field="t"):
     """Free every slot of this session."""
 
 
-class Open(msgspec.Struct, frozen=True, array_like=True, tag="open", tag_field="t"):
+class Open(Struct, frozen=True, tag="open", tag_field="t"):
     """What is the worker's own data set of this name? Its schema, no values."""
 
     name: str
 
 
-class Load(msgspec.Struct, frozen=True, array_like=True, tag="load", tag_field="t"):
+class Load(Struct, frozen=True, tag="load", tag_field="t"):
     """Bind the columns of one of the worker's own data sets to new ids, in the order of its schema. They can be read
     and not be written."""
 
@@ -134,37 +137,37 @@ class Load(msgspec.Struct, frozen=True, array_like=True, tag="load", tag_field="
 Message = Put | Call | Drop | Fetch | Describe | Seed | Tag | Search | Clear | Open | Load
 
 
-class Frame(msgspec.Struct, frozen=True, array_like=True):
+class Frame(Struct, frozen=True):
     """Messages in the order of issue; `number` counts the frames of a session from 1."""
 
     number: int
     messages: tuple[Message, ...]
 
 
-class Failure(msgspec.Struct, frozen=True, array_like=True, tag="failure", tag_field="t"):
+class Failure(Struct, frozen=True, tag="failure", tag_field="t"):
     """Message `index` of frame `frame` failed. `writes`: it was to change a value in place, and did not, or
     not wholly."""
 
-    frame: int
-    index: int
+    frame: Count
+    index: Count
     operator: str
     reason: str
     writes: bool
 
 
-class Value(msgspec.Struct, frozen=True, array_like=True, tag="value", tag_field="t"):
+class Value(Struct, frozen=True, tag="value", tag_field="t"):
     """The answer to `Fetch`, in its order."""
 
     arrays: tuple[Array | Failure, ...]
 
 
-class Types(msgspec.Struct, frozen=True, array_like=True, tag="types", tag_field="t"):
+class Types(Struct, frozen=True, tag="types", tag_field="t"):
     """The answer to `Describe`, in its order; `None` for a hole."""
 
     types: tuple[TensorType | Failure | None, ...]
 
 
-class Info(msgspec.Struct, frozen=True, array_like=True, tag="info", tag_field="t"):
+class Info(Struct, frozen=True, tag="info", tag_field="t"):
     """A tagged slot."""
 
     id: int
@@ -173,25 +176,25 @@ class Info(msgspec.Struct, frozen=True, array_like=True, tag="info", tag_field="
     description: str
 
 
-class Column(msgspec.Struct, frozen=True, array_like=True):
+class Column(Struct, frozen=True):
     """A column of an owned data set: `shape` is of one record."""
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Count, ...]
 
 
-class Owned(msgspec.Struct, frozen=True, array_like=True, tag="owned", tag_field="t"):
+class Owned(Struct, frozen=True, tag="owned", tag_field="t"):
     """A data set that the worker's owner registered: what may be said of it without a value."""
 
     name: str
     columns: tuple[Column, ...]
-    count: int
+    count: Count
     tags: tuple[str, ...]
     description: str
 
 
-class Found(msgspec.Struct, frozen=True, array_like=True, tag="found", tag_field="t"):
+class Found(Struct, frozen=True, tag="found", tag_field="t"):
     """The answer to `Search` and `Open`."""
 
     slots: tuple[Info, ...]
@@ -201,7 +204,7 @@ class Found(msgspec.Struct, frozen=True, array_like=True, tag="found", tag_field
 Result = Value | Types | Found
 
 
-class Reply(msgspec.Struct, frozen=True, array_like=True):
+class Reply(Struct, frozen=True):
     """The answer to the frame of the same number: one result for each message that asks, in order, and
     every failure."""
 
@@ -213,41 +216,41 @@ class Reply(msgspec.Struct, frozen=True, array_like=True):
 # -- how a session begins, resumes and ends: between transport and worker, no caller sees these -------------
 
 
-class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello", tag_field="t"):
+class Hello(Struct, frozen=True, tag="hello", tag_field="t"):
     """The first packet of every stream. `session` is empty for a new one, else the token that `Welcome` gave;
     `received` is the number of the last reply that came."""
 
     version: int
     session: str
-    received: int
+    received: Count
     client: str
 
 
-class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome", tag_field="t"):
+class Welcome(Struct, frozen=True, tag="welcome", tag_field="t"):
     """The worker's answer: the token to resume with, the number of the last frame that came, and for how many
     seconds an absent client's session is kept."""
 
     version: int
     session: str
-    received: int
+    received: Count
     lease_s: float
     worker: str
 
 
-class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused", tag_field="t"):
+class Refused(Struct, frozen=True, tag="refused", tag_field="t"):
     """The worker's other answer, and its last: why it will not go on with this session."""
 
     code: Literal["version", "identity", "session", "draining", "protocol", "limit"]
     reason: str
 
 
-class Ack(msgspec.Struct, frozen=True, array_like=True, tag="ack", tag_field="t", gc=False):
+class Ack(Struct, frozen=True, tag="ack", tag_field="t", gc=False):
     """Everything up to this number has come and need not be kept."""
 
-    received: int
+    received: Count
 
 
-class Bye(msgspec.Struct, frozen=True, array_like=True, tag="bye", tag_field="t", gc=False):
+class Bye(Struct, frozen=True, tag="bye", tag_field="t", gc=False):
     """The client ends the session: its slots may be freed now."""
 
 

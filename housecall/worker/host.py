@@ -99,6 +99,7 @@ class Seat:
             if self.end is None:
                 self.end = why
                 self.inbox.clear()
+                self.door.close()  # before anybody hears of the end
                 self.changed.notify_all()
 
 
@@ -255,11 +256,10 @@ class Host:
 
     def end(self, seat: Seat, why: Refused) -> None:
         """End a session: its slots are freed, whatever waits for its turn does not run."""
-        seat.finish(why)
         with self._lock:
             known = self._seats.pop(seat.token, None) is not None
+        seat.finish(why)
         if known:
-            seat.door.close()
             log.info("session of %s ended%s", seat.principal, f": {why.reason}" if why.reason else "")
 
     def expire(self) -> None:

@@ -40,6 +40,7 @@ from ..wire.messages import (
     Value,
 )
 from .catalogue import Catalogue
+from .device import at_home, home
 from .limits import TEXT, UNLIMITED, Limits, Meter
 from .owned import Owned
 from .release import release
@@ -52,7 +53,8 @@ class Worker:
     """Holds data and computes on it, for any number of sessions that cannot see each other.
 
     `limits` is what each session may use; without any, a session is trusted with its own process, and costs nothing
-    more. `catalogue` has the data sets that the owner registered. `clock` measures computing time, in seconds."""
+    more. `catalogue` has the data sets that the owner registered, `device` is where values live. `clock` measures
+    computing time, in seconds."""
 
     def __init__(
         self,
@@ -60,9 +62,11 @@ class Worker:
         limits: Limits = UNLIMITED,
         *,
         catalogue: Catalogue | None = None,
+        device: str = "cpu",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.id = id
+        self.device = home(device)
         self.catalogue = Catalogue() if catalogue is None else catalogue
         self.limits = limits
         self.clock = clock
@@ -129,6 +133,8 @@ class WorkerSession:
 
     def work(self, frame: Frame) -> Generator[None, None, Reply]:
         """`handle` in steps, a message each, to be taken within `computing()`; the generator's value is the reply."""
+        if self.worker.device.type != "cpu":
+            frame = at_home(frame, self.worker.device)
         return self._free(frame) if self.meter is None else self._metered(frame, self.meter)
 
     def _free(self, frame: Frame) -> Generator[None, None, Reply]:
@@ -215,7 +221,7 @@ class WorkerSession:
             if ref <= HOLE or ref in self.store:
                 raise ProgramError(f"%{ref} is bound already, or no id; bind each id once")
         for ref, column in zip(ids, columns.values(), strict=True):
-            self.store.lend(ref, column)
+            self.store.lend(ref, column.to(self.worker.device))
 
     def _released(self, ref: int) -> Array | Failure:
         value = self._held(ref)
