@@ -198,10 +198,12 @@ class _FaultyLink:
         self._lingers = False  # the worker is not to notice the end before the next stream has begun
         self.succeeded = threading.Event()
         self._copies = {"out": _Copies(Assembler(Frame)), "in": _Copies(Assembler(Reply))}
+        self._link: Link | None = None
         faults._streams.add(self)
-        link = dial(self._sent(outgoing))
+        link = self._link = dial(self._sent(outgoing))  # it may be pulling already
+        if self._end is not None:
+            self._give_up()
         threading.Thread(target=self._receive, args=(link,), name="housecall-faulty", daemon=True).start()
-        self._link = link
 
     def __next__(self) -> bytes:
         with self._changed:
@@ -222,8 +224,6 @@ class _FaultyLink:
         with self._changed:
             self._came.clear()
         self.broken("the stream was given up")
-        if not self._lingers:
-            self._link.cancel()
 
     def broken(self, why: str) -> None:
         """Nothing passes any more; `why` is empty if the worker ended the stream."""
@@ -232,6 +232,11 @@ class _FaultyLink:
                 self._end = why
                 self._over.set()
                 self._changed.notify_all()
+        self._give_up()
+
+    def _give_up(self) -> None:
+        if self._link is not None and not self._lingers:
+            self._link.cancel()
 
     # -- what is sent -------------------------------------------------------------------------------------
 
@@ -312,19 +317,48 @@ class _FaultyLink:
 
 
 class _MemoryLink:
-    def __init__(self, packets: Iterator[bytes]) -> None:
-        self._packets = packets
+    """A stream within this process. What is sent is pulled on a thread of its own, as a network does, so that the
+    worker hears of the end although the client says nothing."""
+
+    def __init__(self, serve: Callable[[Iterator[bytes]], Iterator[bytes]], outgoing: Iterator[bytes]) -> None:
+        self._changed = threading.Condition()
+        self._sent: deque[bytes] = deque()
+        self._ended = False
+        self._packets = serve(self._arriving())
+        threading.Thread(target=self._pull, args=(outgoing,), name="housecall-memory", daemon=True).start()
 
     def __next__(self) -> bytes:
         return next(self._packets)
 
     def cancel(self) -> None:
-        pass  # what the worker reads has ended by then, and it ends the rest
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def _pull(self, outgoing: Iterator[bytes]) -> None:
+        for packet in outgoing:
+            with self._changed:
+                self._changed.wait_for(lambda: len(self._sent) < 2 or self._ended)
+                if self._ended:
+                    return
+                self._sent.append(packet)
+                self._changed.notify_all()
+        self.cancel()
+
+    def _arriving(self) -> Iterator[bytes]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._sent or self._ended)
+                if not self._sent:
+                    return
+                packet = self._sent.popleft()
+                self._changed.notify_all()
+            yield packet
 
 
 def memory_dial(host: Callable[[], Host], principal: str = "me") -> Dial:
     """Streams to the host that `host()` gives at the time, in this process, as `principal`."""
-    return lambda outgoing: _MemoryLink(host().serve(outgoing, principal))
+    return lambda outgoing: _MemoryLink(lambda packets: host().serve(packets, principal), outgoing)
 
 
 class Clock:

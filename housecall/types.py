@@ -65,9 +65,11 @@ class Door(Protocol):
 class Transport(Protocol):
     """Carries one session's frames to one worker: in order, each exactly once. Frames are numbered from 1.
 
-    `frame_messages`: after how many messages a frame had better leave. `remote`: values travel, they are not shared."""
+    `frame_messages`: after how many messages a frame had better leave. `frame_bytes`: how many of tensors it may bring.
+    `remote`: values travel, they are not shared."""
 
     frame_messages: int
+    frame_bytes: int
     remote: bool
 
     def send(self, frame: Any) -> None:

@@ -6,18 +6,29 @@ what is sent, and once more while it strikes what comes back.
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from streams import grpc_dial
 
 from housecall.errors import ProtocolError, WorkerGone
-from housecall.testing import Fault, Faults, Kind, Way, World
+from housecall.remote import RemoteWorker
+from housecall.testing import SURVIVED, Fault, Faults, Kind, Way, World, faulty, memory_dial
+from housecall.transport.stream import PROTOCOL, LinkLost, StreamTransport
+from housecall.wire.messages import Drop, Failure, Fetch, Frame, Hello, Refused, Reply, Welcome
+from housecall.wire.packets import control, read_control
+from housecall.worker.host import Host
+from housecall.worker.turns import Turns
+from housecall.worker.worker import Worker
 
-PATIENCE = 60.0  # seconds until what should have ended has failed
+PATIENCE = 10.0  # seconds until what should have ended has failed
 ONCE, ERROR = "exactly once", "one clear error"
 BALLAST = torch.arange(700_000.0)  # 2.8 MB: three packets
 
@@ -49,7 +60,7 @@ def housecall_threads() -> set[threading.Thread]:
 
 
 @contextmanager
-def nothing_left(worlds: Callable[[], Iterator[World]] | None = None) -> Iterator[None]:
+def nothing_left() -> Iterator[None]:
     """Every thread of ours that begins within the block ends soon after it."""
     before = housecall_threads()
     yield
@@ -231,3 +242,298 @@ def test_exactly_once_or_one_clear_error(kind: str, operation: str, way: Way) ->
 def test_the_matrix_is_whole() -> None:
     assert len(FAULTS) == 12
     assert list(OPERATIONS) == ["send", "run", "get", "drop", "resume"]
+
+
+# -- random programs --------------------------------------------------------------------------------------
+
+VALUES = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=2)
+STEP = st.one_of(
+    st.tuples(st.just("send"), VALUES),
+    st.tuples(st.just("add_"), st.integers(0, 5), st.floats(-4, 4, width=32)),
+    st.tuples(st.just("mul"), st.integers(0, 5), st.integers(0, 5)),
+    st.tuples(st.just("read"), st.integers(0, 5)),
+    st.tuples(st.just("drop"), st.integers(0, 5)),
+)
+
+
+def step(values: list[torch.Tensor], what: tuple[Any, ...], worker: RemoteWorker | None) -> list[float] | None:
+    """One step on local tensors (without a worker) or on pointers; what it read."""
+    name, *args = what
+    if name == "send":
+        tensor = torch.tensor(args[0])
+        values.append(tensor if worker is None else tensor.send(worker))
+    elif values:
+        value = values[args[0] % len(values)]
+        if name == "add_":
+            value.add_(args[1])
+        elif name == "mul":
+            values.append(value * values[args[1] % len(values)])
+        elif name == "drop":
+            values.pop(args[0] % len(values))
+        else:
+            return (value.clone() if worker is None else value.clone().get()).tolist()  # type: ignore[no-any-return]
+    return None
+
+
+def same_as_local(program: list[tuple[Any, ...]], worker: RemoteWorker) -> int:
+    """Run a program on pointers and on local tensors; how many values are left."""
+    local: list[torch.Tensor] = []
+    remote: list[torch.Tensor] = []
+    for what in program:
+        assert step(remote, what, worker) == step(local, what, None)
+    assert [value.clone().get().tolist() for value in remote] == [value.tolist() for value in local]
+    return len(local)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(STEP, max_size=30), st.integers(0, 2**32))
+def test_any_program_under_any_faults_is_as_local(program: list[tuple[Any, ...]], seed: int) -> None:
+    with nothing_left(), World(faults=Faults.seeded(seed, rate=0.15)) as world:
+        left = within(lambda: same_as_local(program, world.worker))
+        del left
+        world.faults.stop()
+        within(lambda: world.worker.session.wait())
+        assert settled(world) == 0
+
+
+def test_many_calls_under_many_faults() -> None:
+    """Long enough that every kind strikes, with frames of the most messages."""
+    faults = Faults.seeded(5, rate=0.3)
+    with nothing_left(), World(faults=faults) as world:
+
+        def count() -> list[float]:
+            counter = torch.zeros(2).send(world.worker)
+            for n in range(4000):
+                counter.add_(1)
+                if n % 100 == 0:
+                    counter.clone().get()
+            return counter.get().tolist()  # type: ignore[no-any-return]
+
+        assert within(count) == [4000.0] * 2
+    assert {fault.kind for fault in faults.struck} == set(SURVIVED)
+
+
+# -- over gRPC --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_same_over_grpc(seed: int) -> None:
+    """Real connections that are cut: each break cancels its channel."""
+    kinds = (Kind.BREAK_BEFORE, Kind.BREAK_AFTER, Kind.REORDERED, Kind.DUPLICATED, Kind.DELAYED, Kind.REFUSED)
+    faults = Faults.seeded(seed, rate=0.12, kinds=kinds)
+    dice = random.Random(seed)
+    program: list[tuple[Any, ...]] = [("send", [1.0, 2.0])]
+    for _ in range(60):
+        program.append(
+            dice.choice([("add_", dice.randrange(6), 1.0), ("mul", dice.randrange(6), 0), ("read", dice.randrange(6))])
+        )
+    host = Host(Worker("clinic"))
+    with grpc_dial(host) as dial:
+        worker = RemoteWorker(faulty(dial, faults), "grpc", patience=PATIENCE)
+        within(lambda: same_as_local(program, worker))
+        assert any(fault.kind in (Kind.BREAK_BEFORE, Kind.BREAK_AFTER, Kind.REORDERED) for fault in faults.struck)
+        faults.stop()
+        within(worker.close)
+        host.close()
+    assert host.worker.sessions == []
+
+
+# -- sessions ---------------------------------------------------------------------------------------------
+
+
+def test_what_was_lost_is_named() -> None:
+    with nothing_left(), World() as world:
+        counter = torch.zeros(3).send(world.worker)
+        world.worker.session.wait()
+        world.faults.strike(Fault(Kind.BREAK_BEFORE, "out"))
+        world.before_next_dial(world.restart)
+        counter.add_(1)
+        counter.add_(1)
+        with pytest.raises(
+            WorkerGone, match=r"worker 'clinic' no longer knows this session.* lost; connect again"
+        ) as gone:
+            within(world.worker.session.wait)
+        assert "Unanswered: 2 messages, the oldest issued at" in str(gone.value)
+        assert "counter.add_(1)" in str(gone.value)
+        assert "test_faults.py" in str(gone.value)
+
+
+def test_a_lease_that_ended_frees_the_slots_and_refuses_the_old_pointers() -> None:
+    with nothing_left(), World(lease_s=60) as world:
+        counter = torch.zeros(3).send(world.worker)
+        world.worker.session.wait()
+        world.lapse()
+        assert world.host.seats == ()
+        assert world.host.worker.sessions == []
+        assert world.host.counters["expired"] == 1
+        with pytest.raises(WorkerGone, match="the session's lease ended"):
+            within(counter.get)
+
+
+def test_who_comes_back_within_the_lease_finds_everything() -> None:
+    with nothing_left(), World(lease_s=60) as world:
+        counter = torch.zeros(3).send(world.worker)
+        world.worker.session.wait()
+        world.faults.cut()
+        (seat,) = world.host.seats
+        with seat.changed:
+            assert seat.changed.wait_for(lambda: seat.stream == 0, PATIENCE)
+        world.clock.advance(59)
+        world.host.expire()
+        assert within(counter.add_(1).get).tolist() == [1.0] * 3
+        world.clock.advance(1000)  # present, so no lease runs
+        world.host.expire()
+        assert len(world.host.seats) == 1
+
+
+def test_a_worker_that_cannot_be_reached_is_given_up_after_patience() -> None:
+    faults = Faults()
+    with nothing_left(), World(faults=faults, patience=0.05) as world:
+        counter = torch.zeros(3).send(world.worker)
+        world.worker.session.wait()
+        faults.strike(*(Fault(Kind.REFUSED, "dial", n) for n in range(1, 100)))
+        faults.cut()
+        with pytest.raises(WorkerGone, match=r"cannot be reached \(connection refused; tried for 0.05 s\)"):
+            within(counter.get)
+        faults.stop()
+
+
+def test_a_worker_that_accepts_and_never_answers_is_given_up() -> None:
+    class Mute:
+        def __init__(self) -> None:
+            self.cancelled = threading.Event()
+
+        def __next__(self) -> bytes:
+            assert self.cancelled.wait(PATIENCE), "nobody gave this link up"
+            raise LinkLost("cancelled")
+
+        def cancel(self) -> None:
+            self.cancelled.set()
+
+    with pytest.raises(WorkerGone, match="cannot be reached"):
+        within(lambda: StreamTransport(lambda outgoing: Mute(), name="clinic", patience=0.01))
+
+
+def test_a_close_over_a_broken_stream_still_frees_the_slots() -> None:
+    with nothing_left(), World() as world:
+        kept = torch.zeros(3).send(world.worker)
+        world.worker.session.wait()
+        world.faults.cut()
+        within(world.worker.close)
+        assert world.host.seats == ()
+        assert world.host.worker.sessions == []
+        del kept
+
+
+def test_a_slow_reader_keeps_little_at_the_worker_and_nobody_else_waiting() -> None:
+    """A reads nothing at all of what it fetches; the worker holds what it keeps for A, and B is served."""
+    with nothing_left(), World() as world:
+        slow = Faults(delay_s=0.001)
+        reader = world.connect("slow", slow)
+        slow.strike(Fault(Kind.SLOW, "in"))
+        big = BALLAST.send(reader)
+        reader.session.wait()
+        seat = next(seat for seat in world.host.seats if seat.principal == "slow")
+        most = 0
+        for _ in range(8):
+            assert torch.equal(within(big.clone().get), BALLAST)
+            most = max(most, seat.line.kept_bytes)
+            assert within(torch.ones(2).send(world.worker).add_(1).get).tolist() == [2.0, 2.0]
+        assert most < 3 * BALLAST.nbytes
+
+
+# -- principals -------------------------------------------------------------------------------------------
+
+
+def answer(host: Host, token: str, principal: str) -> Refused | Welcome:
+    stream = host.serve(iter([control(Hello(PROTOCOL, token, 0, "test"))]), principal)
+    found = within(lambda: read_control(next(stream)))
+    stream.close()  # type: ignore[attr-defined]
+    assert isinstance(found, Refused | Welcome)
+    return found
+
+
+def test_a_token_of_another_is_refused_like_one_that_never_was() -> None:
+    with nothing_left(), World() as world:
+        (seat,) = world.host.seats
+        stolen, invented = answer(world.host, seat.token, "mallory"), answer(world.host, "0" * 32, "mallory")
+        assert isinstance(stolen, Refused)
+        assert stolen == invented
+        assert within(torch.ones(2).send(world.worker).get).tolist() == [1.0, 1.0]  # and nothing happened to its owner
+        assert isinstance(answer(world.host, seat.token, "me"), Welcome)
+
+
+def test_principals_never_see_each_others_tensors() -> None:
+    with nothing_left(), World() as world:
+        alice, bob = world.connect("alice"), world.connect("bob")
+        hers = torch.tensor([1.0, 2.0]).send(alice)
+        alice.tag(hers, "#secret")
+        alice.session.wait()
+        assert [found.location for found in alice.search("#secret")] == [alice]
+        assert bob.search("#secret") == bob.search() == []
+        ref = hers._slot.id
+        for stranger in (ref, ref + 12345):  # hers, and nobody's: no difference but the number
+            (value,) = bob.session.ask(Fetch((stranger,))).arrays  # type: ignore[union-attr]
+            assert isinstance(value, Failure)
+            assert value.reason == (
+                f"no slot {stranger} in this session: it was dropped, or belongs to another worker or session"
+            )
+        bob.session.tell(Drop(ref))
+        bob.clear()
+        assert hers.get().tolist() == [1.0, 2.0]
+
+
+class Steps:
+    """A worker whose sessions do nothing but say whose step it was; the first waits until the second has asked."""
+
+    id = "clinic"
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.begun, self.asked = threading.Event(), threading.Event()
+
+    def open(self, principal: str) -> Any:
+        events, begun, asked = self.events, self.begun, self.asked
+
+        class Door:
+            store: ClassVar[dict[int, Any]] = {}
+
+            def work(self, frame: Frame) -> Iterator[None]:
+                for _ in frame.messages:
+                    if principal == "many":
+                        begun.set()
+                        assert asked.wait(PATIENCE)
+                    events.append(principal)
+                    yield
+                return Reply(frame.number, (), ())
+
+            def close(self) -> None:
+                pass
+
+        return Door()
+
+
+def test_a_session_cannot_starve_another() -> None:
+    """1,000 calls of one are queued and begun when the single call of another comes: it waits for about one slice."""
+    worker = Steps()
+    with nothing_left():
+        host = Host(worker)  # type: ignore[arg-type]
+        host.turns.close()
+        host.turns = Turns(slice_s=0.0)  # a step each
+        many, one = (StreamTransport(memory_dial(lambda: host, who), name="clinic") for who in ("many", "one"))
+        for number in range(1, 101):
+            many.send(Frame(number, tuple(Drop(n) for n in range(10))))
+        assert worker.begun.wait(PATIENCE)
+        one.send(Frame(1, (Drop(1),)))
+        (seat,) = (seat for seat in host.seats if seat.principal == "one")
+        with host.turns._changed:
+            assert host.turns._changed.wait_for(lambda: seat in host.turns._ring, PATIENCE)
+        worker.asked.set()
+        assert within(one.receive).number == 1
+        for number in range(1, 101):
+            assert within(many.receive).number == number
+        assert worker.events.index("one") <= 2
+        assert worker.events.count("many") == 1000
+        within(many.close)
+        within(one.close)
+        host.close()

@@ -1,4 +1,4 @@
-"""Limits at the door: what is too large is refused before it runs, the session goes on, and honest work is not hindered.
+"""Limits at the door: what is too large is refused before it runs, the session goes on, honest work too.
 
 Most calls here are written by hand, since an attacker does not use pointers.
 """
@@ -113,6 +113,7 @@ def door() -> Iterator[WorkerSession]:
                 Put(4, array(torch.ones(1, dtype=torch.bool))),
                 Put(5, array(torch.tensor([2**40]))),
                 Put(6, array(torch.ones(0, 3))),
+                Put(7, array(2**40)),
             ),
         )
     )
@@ -138,11 +139,11 @@ BOMBS: dict[str, tuple[Call, ...]] = {
         call("contiguous.default", Ref(20), outs=(21,)),
     ),
     "expand and reshape": (
-        call("expand.default", Y, [1000, 10**6], outs=(20,)),
+        call("expand.default", X, [10**5, 1000], outs=(20,)),
         call("reshape.default", Ref(20), [-1], outs=(21,)),
     ),
     "expand and sum": (
-        call("expand.default", Y, [2**20, 2**20, 2**20], outs=(20,)),
+        call("expand.default", Y, [2**20, 2**20, 2**19], outs=(20,)),
         call("sum.default", Ref(20), outs=(21,)),
     ),
     "expand and equal": (
@@ -264,6 +265,10 @@ BOMBS: dict[str, tuple[Call, ...]] = {
     ),
     "a polynomial of huge degree": (call("special_chebyshev_polynomial_t.n_scalar", Y, 2.0**60, outs=(20,)),),
     "a polynomial of huge degrees": (call("special_laguerre_polynomial_l.default", Y, INDEX, outs=(20,)),),
+    "a polynomial of many degrees": (
+        call("expand.default", Y, [2**40], outs=(20,)),
+        call("special_legendre_polynomial_p.x_scalar", 0.5, Ref(20), outs=(21,)),
+    ),
     "a recurrent network over very many steps": (
         call("expand.default", Y, [10**6, 1, 1], outs=(20,)),
         call("zeros.default", [1, 1, 1], outs=(21,)),
@@ -292,8 +297,8 @@ def test_a_refusal_says_what_and_how_much_and_what_to_do(door: WorkerSession) ->
         "LimitError: zeros.default would make or go through 8,000,000 bytes, and one call may 4,000,000: do it in parts"
     )
     held = door.store.held
-    refused(door, call("zeros.default", [MB], outs=(20,)), call("zeros.default", [MB], outs=(21,)))
-    said = reasons(door, call("zeros.default", [MB], outs=(22,)))[0]
+    refused(door, call("zeros.default", [MB], outs=(22,)), call("zeros.default", [MB], outs=(23,)))
+    said = reasons(door, call("zeros.default", [MB], outs=(24,)))[0]
     assert said.startswith("LimitError: zeros.default would make 4,000,000 bytes: this session holds")
     assert f"{held + 4 * MB:,} of the 8,000,000 that it may; let go of tensors" in said
 
@@ -305,6 +310,11 @@ def test_numbers_that_would_wrap_around_are_refused(door: WorkerSession) -> None
     assert reasons(door, call("expand.default", Y, [2**40, 2**40], outs=(30,)), Drop(30)) != []
     assert "LimitError" in reasons(door, call("expand.default", Y, [2**61], outs=(31,)), Drop(31))[0]
     alive(door)
+
+
+def test_a_tensor_of_very_many_dimensions_is_refused(door: WorkerSession) -> None:
+    for op in ("view.default", "expand.default", "repeat.default"):
+        refused(door, call(op, Y, [1] * 10_000, outs=(20,)), match="dimensions")
 
 
 def test_an_empty_dimension_hides_nothing(door: WorkerSession) -> None:
@@ -329,7 +339,7 @@ def test_an_empty_dimension_hides_nothing(door: WorkerSession) -> None:
         ("unsafe_chunk.default", (10**9,)),
         ("tensor_split.sections", (10**9,)),
         ("hsplit.int", (10**9,)),
-        ("tensor_split.tensor_indices_or_sections", (INDEX,)),
+        ("tensor_split.tensor_indices_or_sections", (Ref(7),)),
     ],
 )
 def test_more_results_than_ids_are_refused_before_they_are_made(
@@ -503,7 +513,6 @@ def test_failures_take_slots_too() -> None:
 def test_a_call_needs_room_for_all_that_it_binds() -> None:
     door = session()
     say(door, Put(1, array(torch.ones(60))))
-    refused(door, call("unbind.int", Ref(1), outs=tuple(range(2, 62))), match="needs a slot") if False else None
     assert "needs a slot" in reasons(door, call("unbind.int", Ref(1), outs=tuple(range(2, 62))))[0]
     say(door, *[Drop(ref) for ref in range(2, 62)])
     alive(door)
@@ -563,7 +572,7 @@ def test_an_operator_that_reshapes_a_slot_is_refused(found: Call, door: WorkerSe
         call("zeros.out", [HUGE], out=Y),
         call("cat.out", [X, X], out=X),
         call("repeat.out", X, [10**6], out=Y),
-        call("max.dim_max", X, 0, max=Y, max_values=EMPTY),
+        call("max.dim_max", X, 0, max=Y, max_values=INDEX),
         call("sum.out", X, out=X),
         call("_to_copy.out", X, out=EMPTY),
     ],
@@ -813,19 +822,14 @@ def has_meta_kernel(name: str) -> bool:
 @pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the list is of torch 2.13")
 def test_the_list_of_what_cannot_be_sized_is_what_torch_says() -> None:
     unsized = {
-        name
-        for name in table()
-        if not has_meta_kernel(name)
-        and name not in BOUNDED
-        and not (operator(name).writes and all(item.same_as for item in operator(name).returns) and "out" not in name)
+        name for name in table() if not has_meta_kernel(name) and name not in BOUNDED and not operator(name).in_place
     }
-    in_place = {name for name in unsized if name.startswith("_fused_")}
-    assert unsized - in_place == UNSIZED
+    assert sorted(unsized) == sorted(UNSIZED)
 
 
 def test_every_dynamic_operator_has_a_bound() -> None:
-    assert {name for name in table() if operator(name).dynamic} - BOUNDED == set()
-    assert BOUNDED <= set(table())
+    assert sorted({name for name in table() if operator(name).dynamic} - BOUNDED) == []
+    assert sorted(BOUNDED - set(table())) == []
 
 
 def test_what_cannot_be_sized_is_refused_by_name(door: WorkerSession) -> None:
@@ -886,8 +890,9 @@ def test_a_bound_is_not_below_what_is_made(op: str, args: list[Any], kwargs: dic
     result = overload(op)(*args, **kwargs)
     made = [item for item in (result if isinstance(result, tuple | list) else [result]) if item is not None]
     outs = tuple(range(100, 100 + len(made)))
-    found = forecast(call(op, *[sent(arg) for arg in args], outs=outs, **kwargs), values, 1e18)
-    assert sum(item.untyped_storage().nbytes() for item in made) <= found.fresh
+    found = forecast(call(op, *[sent(arg) for arg in args], outs=outs, **kwargs), values, 1e18, 1e18)
+    storages = {item.untyped_storage()._cdata: item.untyped_storage().nbytes() for item in made}
+    assert sum(storages.values()) <= found.fresh
     assert not found.lasting
 
 
@@ -924,7 +929,7 @@ def train(worker: Any) -> list[float]:
     for batch, target in zip(x, y, strict=True):
         if worker is not None:
             model.send(worker)
-            batch, target = send(batch, worker), send(target, worker)  # noqa: PLW2901  # the loop of the article
+            batch, target = send(batch, worker), send(target, worker)
         optimizer.zero_grad()
         loss = F.nll_loss(model(batch), target)
         loss.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -26,29 +27,47 @@ from opdb import (
 )
 
 import housecall as hc
+from housecall.worker.limits import Limits, Meter
 
 ENTRIES = [(name, dtype, kind) for dtype, kind in RUNS for name in entries(dtype, kind)]
 EQUAL = [entry for entry in ENTRIES if entry[0] not in EXCEPTIONS]
 UNEQUAL = [entry for entry in ENTRIES if entry[0] in EXCEPTIONS]
 
 
+def made(how: str) -> hc.VirtualWorker:
+    """A worker in this process: "direct"; "codec", which gets every message through bytes; or "metered", which holds
+    its session to the default limits of a worker behind a wire."""
+    worker = hc.VirtualWorker(id="w", codec=how == "codec")
+    if how == "metered":
+        door = worker._door
+        door.meter = Meter(Limits(), door.store, door.randomness, time.perf_counter)
+    return worker
+
+
+# The element types that are least alike go through bytes; real ones, forward and backward, past the limits.
+HOW = {
+    ("float32", "forward"): "direct",
+    ("float32", "gradient"): "metered",
+    ("float64", "forward"): "metered",
+}
+
+
 @pytest.fixture(scope="module")
-def workers() -> dict[bool, hc.VirtualWorker]:
-    return {codec: hc.VirtualWorker(id="w", codec=codec) for codec in (False, True)}
+def workers() -> dict[str, hc.VirtualWorker]:
+    return {how: made(how) for how in ("direct", "codec", "metered")}
 
 
 @pytest.fixture
-def worker(request: pytest.FixtureRequest, workers: dict[bool, hc.VirtualWorker]) -> Iterator[hc.VirtualWorker]:
-    """For the element types that are least alike, a worker that gets every message through bytes."""
-    codec = request.node.callspec.params["dtype"] in ("complex64", "int64", "bool")
-    worker = workers[codec]
+def worker(request: pytest.FixtureRequest, workers: dict[str, hc.VirtualWorker]) -> Iterator[hc.VirtualWorker]:
+    params = request.node.callspec.params
+    how = HOW.get((params["dtype"], params["kind"]), "codec")
     failed = request.session.testsfailed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # many samples are there to make torch warn
-        yield worker
+        yield workers[how]
     if request.session.testsfailed > failed:  # what failed here shall not be seen in the next test
-        worker.session.close()
-        workers[codec] = hc.VirtualWorker(id="w", codec=codec)
+        workers[how].session.close()
+        workers[how] = made(how)
 
 
 @pytest.mark.parametrize(("name", "dtype", "kind"), EQUAL)
@@ -123,8 +142,8 @@ def unequal(name: str, dtype: str, kind: str, worker: hc.VirtualWorker) -> bool:
 
 # Where LAPACK's work space lies is chance, and so is whether its rounding shows.
 @pytest.mark.parametrize("name", [name for name in ROUNDING if "LAPACK's rounding" not in ROUNDING[name]])
-def test_no_tolerance_is_given_without_need(name: str, workers: dict[bool, hc.VirtualWorker]) -> None:
+def test_no_tolerance_is_given_without_need(name: str, workers: dict[str, hc.VirtualWorker]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tried = [entry for entry in EQUAL if entry[0] == name]
-        assert any(unequal(*entry, workers[False]) for entry in tried), f"take {name} out of ROUNDING"
+        assert any(unequal(*entry, workers["direct"]) for entry in tried), f"take {name} out of ROUNDING"

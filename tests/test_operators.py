@@ -166,20 +166,47 @@ def test_writes_and_same_as_of_operators_everybody_knows() -> None:
 
 # -- what an owner's machine never does for a stranger ----------------------------------------------------
 
-DANGEROUS = (
-    "from_file",  # reads the owner's files
-    "set_", "set_data", "resize_", "resize_as_", "_resize_output_", "resize_as_sparse_",  # re-point or grow a storage
-    "empty", "empty_like", "empty_strided", "empty_permuted", "empty_quantized",  # what others left behind
-    "new_empty", "new_empty_strided", "_empty_affine_quantized", "_empty_per_channel_affine_quantized",
-    "manual_seed", "seed", "initial_seed",  # the owner's randomness
-    "record_stream", "pin_memory", "_pin_memory", "is_pinned", "data_ptr", "data", "storage_offset", "get_device",
-    "_copy_from", "_copy_from_and_resize", "_lazy_clone", "_reshape_alias", "detach_", "requires_grad_", "retain_grad",
-    "_backward", "backward", "_print", "_assert_async", "_assert_tensor_metadata", "_debug_has_internal_overlap",
-    "_validate_sparse_coo_tensor_args", "_sparse_coo_tensor_unsafe", "_to_sparse", "to_mkldnn", "quantize_per_tensor",
-    "_nested_tensor_from_mask", "_cudnn_rnn", "cudnn_convolution", "_use_cudnn_ctc_loss", "_cuda_getCurrentRawStream",
-    "_triton_scaled_dot_attention", "swap_tensors", "rename_", "align_to", "_make_dep_token", "sym_size",
-    "_test_optional_intlist",
-)  # fmt: skip
+REFUSED = {
+    "reads the owner's files": ("from_file",),
+    "re-points or grows a storage that others share": (
+        "set_", "set_data", "resize_", "resize_as_", "_resize_output_", "resize_as_sparse_", "swap_tensors",
+    ),
+    "reaches past a value into its storage": (
+        "as_strided", "as_strided_", "as_strided_copy", "as_strided_scatter", "_reshape_alias", "data_ptr", "data",
+        "storage_offset",
+    ),
+    "hands out memory that others left behind": (
+        "empty", "empty_like", "empty_strided", "empty_permuted", "empty_quantized", "new_empty", "new_empty_strided",
+        "_empty_affine_quantized", "_empty_per_channel_affine_quantized",
+    ),
+    "sets the owner's randomness": ("manual_seed", "seed", "initial_seed"),
+    "loops as often as an argument says": (
+        "_sobol_engine_draw", "_sobol_engine_ff_", "_sobol_engine_initialize_state_", "_sobol_engine_scramble_",
+    ),
+    "writes without looking how much there is to write to": ("_cummax_helper", "_cummin_helper"),
+    "is about the machine, not about values": (
+        "record_stream", "pin_memory", "_pin_memory", "is_pinned", "get_device", "_cuda_getCurrentRawStream", "_print",
+        "_assert_async", "_assert_tensor_metadata", "_debug_has_internal_overlap", "_make_dep_token", "sym_size",
+        "_test_optional_intlist", "_triton_scaled_dot_attention", "_cudnn_rnn", "cudnn_convolution",
+        "_use_cudnn_ctc_loss",
+    ),
+    "is torch's own way to copy and share": (
+        "_copy_from", "_copy_from_and_resize", "_lazy_clone", "_efficientzerotensor",
+    ),
+    "is autograd's, which runs at the caller": (
+        "detach_", "requires_grad_", "retain_grad", "_backward", "backward",
+    ),
+    "is of a layout or name that does not travel": (
+        "_validate_sparse_coo_tensor_args", "_sparse_coo_tensor_unsafe", "_to_sparse", "to_mkldnn",
+        "quantize_per_tensor", "_nested_tensor_from_mask", "rename_", "align_to",
+    ),
+}  # fmt: skip
+DANGEROUS = [name for names in REFUSED.values() for name in names]
+
+
+def test_what_resizes_by_what_it_finds_is_absent() -> None:
+    """`nonzero.out` would give its `out` the size that the elements of another tensor say."""
+    assert [name for name in table() if operator(name).dynamic and name.endswith("out")] == []
 
 
 @pytest.mark.parametrize("base", DANGEROUS)
@@ -195,7 +222,10 @@ def test_what_is_dangerous_is_absent_and_refused_by_name(base: str) -> None:
             check_call(Call(name, (Ref(1),), {}, (2,)))
 
 
-@pytest.mark.parametrize("part", ["storage", "sparse", "quantize", "nested", "generator", "pinned", "from_file"])
+@pytest.mark.parametrize(
+    "part",
+    ["storage", "sparse", "quantize", "nested", "generator", "pinned", "from_file", "as_strided", "resize", "empty"],
+)
 def test_no_operator_of_a_dangerous_family_is_in_the_table(part: str) -> None:
     assert [name for name in table() if part in name.partition(".")[0]] == []
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import housecall as hc
-from housecall.pointers.session import Session
+from housecall.pointers.session import Session, Slot
 from housecall.program.call import Call
 from housecall.transport.memory import MemoryTransport
 from housecall.wire.messages import Describe, Drop, Fetch, Frame, Message, Put, Reply
@@ -31,6 +31,7 @@ class Counting:
     def __init__(self, transport: Any) -> None:
         self.transport = transport
         self.frame_messages = transport.frame_messages
+        self.frame_bytes = transport.frame_bytes
         self.remote = transport.remote
         self.frames: list[Frame] = []
         self.received = 0
@@ -523,10 +524,10 @@ def test_reseeding_makes_no_ids_collide() -> None:
 def test_a_worker_does_not_know_anothers_ids(schools: tuple[hc.VirtualWorker, hc.VirtualWorker]) -> None:
     west, grape = schools
     x = torch.ones(3).send(west)
-    y = torch.ones(3).send(grape)
-    grape.session.outbox.append((Call("neg.default", (x._slot.ref,), {}, (y._slot.id,)), None))
+    out = Slot(grape.session)
+    grape.session.outbox.append((Call("neg.default", (x._slot.ref,), {}, (out.id,)), None))
     with pytest.raises(hc.OperatorError, match=f"no slot {x.id_at_location} in this session"):
-        y.get()
+        grape.session.fetch([out])
 
 
 @pytest.mark.parametrize(

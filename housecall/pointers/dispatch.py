@@ -377,7 +377,7 @@ def _zeros(cls: Any, rule: _Rule, args: Any, kwargs: dict[str, Any]) -> Any:
             if order is not None:
                 zeros = dispatch(cls, aten.new_zeros.default, (args[0], [size[dim] for dim in order]), kwargs)
                 back = sorted(range(len(order)), key=lambda at: order[at])
-                return zeros if back == order else dispatch(cls, aten.permute.default, (zeros, back), {})
+                return zeros if order == sorted(order) else dispatch(cls, aten.permute.default, (zeros, back), {})
             extent = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
             flat = dispatch(cls, aten.new_zeros.default, (args[0], [extent]), kwargs)
             return _strided(cls, flat, size, stride, 0)

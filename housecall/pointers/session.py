@@ -31,7 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..errors import OperatorError, ProtocolError, WorkerGone
+from ..errors import OperatorError, ProtocolError, UsageError, WorkerGone
 from ..program.call import Call, Items, refs
 from ..program.typing import type_of
 from ..transport.arrays import share
@@ -41,6 +41,9 @@ from .kept import Kept
 from .randomness import Follower
 
 __all__ = ["Session", "Site", "Slot", "caller"]
+
+
+LARGE_BYTES = 1 << 28  # of tensors in one frame; a larger one travels alone
 
 
 class Site(NamedTuple):
@@ -140,6 +143,7 @@ class Session:
         self.bytes_fetched = 0
         self.follower = Follower()
         self._kept = Kept()
+        self._queued_bytes = 0  # of tensors, since the last frame left
         self._sites: dict[int, list[Site | None]] = {}
         self._failed: dict[tuple[int, int], Site | None] = {}
         self._latest: Failure | None = None  # of the last wait
@@ -164,10 +168,24 @@ class Session:
             kept = self._kept.slot(tensor)
             if kept is not None:
                 return kept
-        slot = Slot(self)
         array = share(tensor)
+        self._make_room(array.data.untyped_storage().nbytes())  # a repeated dimension travels once
+        slot = Slot(self)
         self.outbox.append((Put(slot.id, array), site or caller()))
         return slot, type_of(array.data)
+
+    def _make_room(self, nbytes: int) -> None:
+        """Large tensors travel in frames of their own. Raises `UsageError` for one that the worker would refuse."""
+        most = self.transport.frame_bytes
+        if nbytes > most:
+            raise UsageError(
+                f"worker '{self.location.id}' takes at most {most:,} bytes of tensors at once, and this one has "
+                f"{nbytes:,}: send it in parts, or let the worker's owner raise frame_mb in worker.toml"
+            )
+        self._queued_bytes += nbytes
+        if self._queued_bytes > LARGE_BYTES or self._queued_bytes > most:
+            self.flush()
+            self._queued_bytes = nbytes
 
     def tell(self, message: Message) -> None:
         """Queue a message that asks for nothing."""
@@ -185,6 +203,7 @@ class Session:
             messages: list[Message] = []
             sites: list[Site | None] = []
             outbox = self.outbox
+            self._queued_bytes = 0
             sends = False
             while outbox:
                 message, site = outbox.popleft()

@@ -1,1 +1,1 @@
-"""What may be said: typed tensor programs, as data. Only `run` knows torch."""
+"""What may be said: typed tensor programs, as data. Only `run`, `typing`, `outcome` and `forecast` know torch."""

@@ -88,8 +88,9 @@ def _one_hot(args: Args) -> int:
 
 
 def _total(repeats: Any) -> int:
-    """Sum of repeats. In floating point: a sum of int64 wraps around, and the kernel would believe it."""
-    return math.ceil(float(repeats.double().abs().sum().item()) * (1 + 1e-9))
+    """Sum of repeats, or more. A sum of int64 may wrap around, and the kernel would believe it."""
+    most = max(_largest(repeats), 0) * int(repeats.numel())
+    return int(repeats.sum().item()) if most < 1 << 62 else most
 
 
 def _repeats(args: Args) -> int:
@@ -215,6 +216,7 @@ _BOUNDS: dict[str, Rule] = {
     "one_hot.default": _one_hot,
     "repeat_interleave.Tensor": _repeats,
     "repeat_interleave.self_Tensor": _repeat_interleave,
+    "tensor_split.tensor_indices_or_sections": _view,
     "unique_consecutive.default": _unique,
     "unique_dim.default": _unique,
     "unique_dim_consecutive.default": _unique,
@@ -223,11 +225,10 @@ _BOUNDS: dict[str, Rule] = {
 BOUNDED = frozenset(_BOUNDS)
 
 
-def bound(name: str, args: Args) -> int | None:
-    """At most so many bytes does this call take; `None` if no bound is known. `args` by parameter, tensors as they
-    are. Raises what a tensor raises that is asked for what it has not."""
-    rule = _BOUNDS.get(name)
-    return None if rule is None else max(0, int(rule(args)))
+def bound(name: str, args: Args) -> int:
+    """At most so many bytes does this call take, of an operator that is `BOUNDED`. `args` by parameter, tensors as
+    they are. Raises what a tensor raises that is asked for what it has not."""
+    return max(0, int(_BOUNDS[name](args)))
 
 
 # -- how many results ------------------------------------------------------------------------------------
@@ -311,8 +312,10 @@ def _pairs_within(args: Args) -> int:
 def _degree(args: Args) -> int:
     """An orthogonal polynomial of degree n by its recurrence: n steps for each element."""
     degree = args["n"]
-    top = int(degree.double().abs().nan_to_num(0.0).max().item()) if _tensors(degree) and degree.numel() else 0
-    steps = top if _tensors(degree) else min(int(abs(degree)), 1 << 62) if degree == degree else 0
+    if _tensors(degree):
+        steps = max(abs(int(degree.max().item())), abs(int(degree.min().item()))) if degree.numel() else 0
+    else:
+        steps = abs(int(degree))
     points = [tensor.shape for tensor in _tensors([args["x"], degree])]
     return steps * 100 * _broadcast(*points)
 

@@ -26,9 +26,10 @@ from .outcome import Spec, expected, spec, stand_in
 from .run import computing, overload, value_of
 from .typing import meta, type_of
 
-__all__ = ["WRAPS", "Forecast", "forecast"]
+__all__ = ["MOST_DIMS", "WRAPS", "Forecast", "forecast"]
 
 WRAPS = 1 << 62  # bytes: near here torch's own arithmetic wraps around
+MOST_DIMS = 64  # as many as torch's kernels take; sizes and strides are memory too
 
 
 class Forecast(msgspec.Struct, frozen=True):
@@ -49,30 +50,32 @@ class Forecast(msgspec.Struct, frozen=True):
     lasting: bool = True
 
 
-def forecast(call: Call, values: Mapping[int, Any], flops: float) -> Forecast:
-    """What a call on these values will take. It is not even typed if it needs more than `flops`: a long loop is long
-    on meta tensors too. Raises `ProgramError` for a call that breaks a rule, `LimitError` for one that cannot be
-    sized, and whatever torch raises if the call is wrong."""
+def forecast(call: Call, values: Mapping[int, Any], nbytes: float, flops: float) -> Forecast:
+    """What a call on these values will take. Beyond `nbytes` to go through or `flops` it is not looked at any closer:
+    a long loop is long on meta tensors too, and so is a look at very many elements. Raises `ProgramError` for a call
+    that breaks a rule, `LimitError` for one that cannot be sized, and whatever torch raises if the call is wrong."""
     rule = _rule(call.op)
     args = {param.name: value_of(arg, values) for param, arg in complete_arguments(rule.operator, call)}
     _check(rule, call, args)
+    through = max([spec(type_of(tensor)).volume for tensor in _tensors(args)], default=0)
+    bounded = rule.name in BOUNDED and not _at_positions(args)
+    if through > nbytes and (bounded or reads_values(call.op)):
+        return Forecast(0, through)
     steps = work(call.op, args)
     if steps > flops:
         return Forecast(0, 0, steps, lasting=not reads_values(call.op))
-    through = max([spec(type_of(tensor)).volume for tensor in _tensors(args)], default=0)
-    if rule.operator.dynamic and not _at_positions(args):
+    if bounded:
         return _bounded(rule, args, through, steps)
     try:
         return _typed(rule, args, through, steps)
     except ProgramError:
         raise
     except Exception as error:
-        if rule.name in BOUNDED:
-            return _bounded(rule, args, through, steps)
         if rule.in_place:  # it makes nothing, and says itself what is wrong
             return Forecast(0, through, steps)
         if isinstance(error, NotImplementedError):  # torch has no meta kernel
-            raise LimitError(f"{call.op} cannot be sized before it runs, and is refused for that: {error}") from None
+            reason = str(error).partition("\n")[0][:300]
+            raise LimitError(f"{call.op} cannot be sized before it runs, and is refused for that: {reason}") from None
         raise
 
 
@@ -86,9 +89,7 @@ class _Rule:
         self.name = self.operator.name
         self.function: Any = overload(name)
         self.positional = [param.name for param in self.operator.params if not param.keyword]
-        # Writes to what it is given and makes nothing; what writes to an `out` would resize that one.
-        self.in_place = self.operator.writes and not any(p.writes and p.keyword for p in self.operator.params)
-        self.in_place = self.in_place and all(item.same_as for item in self.operator.returns)
+        self.in_place = self.operator.in_place
         self.makes = any(param.kind == "Device" for param in self.operator.params)
 
 
@@ -130,8 +131,6 @@ def _at_positions(args: dict[str, Any]) -> bool:
 
 def _bounded(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forecast:
     nbytes = bound(rule.name, args)
-    if nbytes is None:
-        raise LimitError(f"{rule.name} cannot be sized before it runs, and is refused for that")
     return Forecast(nbytes, max(nbytes, through if nbytes else 0), steps, lasting=False)
 
 
@@ -159,6 +158,8 @@ def _typed(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forec
                 f"{rule.name} would change '{name}' in place from {type_} to {type_of(tensor)}, and other slots may "
                 "share it; give it what it should have first"
             )
+    if any(tensor.dim() > MOST_DIMS for tensor in _tensors(result)):
+        raise ProgramError(f"{rule.name} gives a tensor of more than {MOST_DIMS} dimensions")
     given = {_address(tensor) for tensor in _tensors(stands)}
     storages = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in _tensors(result)}
     fresh = sum(nbytes for address, nbytes in storages.items() if address not in given)

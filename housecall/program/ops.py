@@ -69,6 +69,12 @@ class Operator(msgspec.Struct, frozen=True):
         """Whether the operator changes any of its arguments."""
         return any(param.writes for param in self.params)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the operator writes to its arguments and makes nothing else: no `out`, which it would resize."""
+        outs = any(param.writes and param.keyword for param in self.params)
+        return self.writes and not outs and all(item.same_as for item in self.returns)
+
 
 def operator(name: str) -> Operator:
     """The rules of `name` ("add.Tensor"). Raises `UnknownOperator` for what the table does not hold."""

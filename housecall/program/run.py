@@ -1,4 +1,5 @@
-"""The interpreter: on values it executes, on meta tensors it types. Only this file and `typing` know torch.
+"""The interpreter: on values it executes, on meta tensors it types. It stands on torch, as do `typing`,
+`outcome` and `forecast`; the rest of this package does not.
 
 A call names its operator; only a name that the closed table holds is ever looked up in torch. A binding may
 hold an exception instead of a tensor (a call that failed): whoever reads it gets the exception.

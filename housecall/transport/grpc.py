@@ -35,6 +35,7 @@ _CLIENT_OPTIONS = (
     ("grpc.enable_retries", 0),  # sessions resume by themselves, exactly once
     ("grpc.use_local_subchannel_pool", 1),  # a new dial is a new connection
     ("grpc.enable_http_proxy", 0),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # how long one attempt to connect may take
 )
 _SERVER_OPTIONS = (
     *_OPTIONS,

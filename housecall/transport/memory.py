@@ -41,6 +41,7 @@ class MemoryTransport:
     """
 
     frame_messages = 256
+    frame_bytes = 1 << 62
     remote = False
 
     def __init__(self, door: Door, *, name: str = "worker", codec: bool = False) -> None:

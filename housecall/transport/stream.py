@@ -79,6 +79,7 @@ class StreamTransport:
         self.name = name
         self.worker = ""
         self.reconnections = 0
+        self.frame_bytes = 0  # the worker says
         self._dial, self._client, self._patience, self._clock, self._sleep = dial, client, patience, clock, sleep
         self._changed = threading.Condition()
         self._line = Line()
@@ -262,7 +263,7 @@ class StreamTransport:
             if self._token:
                 self.reconnections += 1
                 log.info("resumed the session at worker '%s'", self.name)
-            self._token, self.worker = welcome.session, welcome.worker
+            self._token, self.worker, self.frame_bytes = welcome.session, welcome.worker, welcome.frame_bytes
             self._line.acknowledge(welcome.received)
             self._cursor = welcome.received + 1
             self._changed.notify_all()
@@ -287,7 +288,10 @@ class StreamTransport:
             return False
 
     def _lose(self, why: str) -> None:
-        self._lost = self._lost or f"{why}. The values it held for this session are lost; connect again"
+        next_step = (
+            "The values it held for this session are lost; connect again" if self._token else "Is it up, and there?"
+        )
+        self._lost = self._lost or f"{why}. {next_step}"
         self._give_up_link()
 
     def _check_open(self) -> None:

@@ -127,7 +127,7 @@ def _changed_result(result: Result, change: Callable[[Array], Array]) -> Result:
 def blob_sizes(body: Frame | Reply) -> list[int]:
     """Check every type and array; the sizes of the blobs that follow, in bytes. Raises `CodecError` for a lie."""
     for type_ in _types(body):
-        _elements(type_)
+        _check_layout(type_)
     sizes = []
     for array in arrays(body):
         check_array(array)
@@ -160,14 +160,22 @@ def _elements(type_: TensorType) -> int:
     """How many elements travel: a dimension of stride 0 repeats what is there, so it travels once."""
     if type_.dtype not in ITEM_BYTES:
         raise CodecError(f"unknown dtype '{_brief(type_.dtype)}'")
-    if len(type_.shape) > MAX_DIMS:
-        raise CodecError(f"a type of {len(type_.shape):,} dimensions is no tensor's type: at most {MAX_DIMS} are")
-    numbers = (*type_.shape, *type_.stride, type_.offset)
-    if len(type_.shape) != len(type_.stride) or min(numbers) < 0:
-        found = f"shape {type_.shape} with stride {type_.stride} and offset {type_.offset}"
-        raise CodecError(f"{_brief(found)} is no tensor's type")
-    if type_.conj and not type_.dtype.startswith("complex"):
-        raise CodecError(f"{_brief(str(type_))} has the conjugate bit, which only complex tensors have")
+    _check_layout(type_)
     if 0 in type_.shape:
         return 0
     return math.prod(n for n, s in zip(type_.shape, type_.stride, strict=True) if s != 0)
+
+
+def _check_layout(type_: TensorType) -> None:
+    dims, strides = len(type_.shape), len(type_.stride)
+    if dims != strides or dims > MAX_DIMS:
+        raise CodecError(
+            f"{dims:,} dimensions with {strides:,} strides is no tensor's type: one for each, at most {MAX_DIMS}"
+        )
+    if min((*type_.shape, *type_.stride, type_.offset)) < 0:
+        raise CodecError(
+            f"shape {type_.shape} with stride {type_.stride} and offset {type_.offset} is no tensor's type: a number "
+            "is negative"
+        )
+    if type_.conj and not type_.dtype.startswith("complex"):
+        raise CodecError(f"{_brief(str(type_))} has the conjugate bit, which only complex tensors have")

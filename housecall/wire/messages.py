@@ -227,13 +227,14 @@ class Hello(Struct, frozen=True, tag="hello", tag_field="t"):
 
 
 class Welcome(Struct, frozen=True, tag="welcome", tag_field="t"):
-    """The worker's answer: the token to resume with, the number of the last frame that came, and for how many
-    seconds an absent client's session is kept."""
+    """The worker's answer: the token to resume with, the number of the last frame that came, for how many seconds an
+    absent client's session is kept, and how many bytes of tensors one frame may bring."""
 
     version: int
     session: str
     received: Count
     lease_s: float
+    frame_bytes: Count
     worker: str
 
 

@@ -16,7 +16,7 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,6 +32,7 @@ from .worker import Worker, WorkerSession
 __all__ = ["Host", "Seat"]
 
 HELLO_S = 10.0  # seconds that a stream may take to say hello
+ENDED = 64  # sessions whose end is remembered
 INBOX_FRAMES = 64  # frames that wait for their turn before the stream is left unread
 _GONE = "no longer knows this session: it was restarted, or the session's lease ended, or it was never this one's"
 
@@ -126,6 +127,7 @@ class Host:
         self.admits = admits
         self._frame_bytes, self._most_seats, self._clock = frame_bytes, seats, clock
         self._seats: dict[str, Seat] = {}
+        self._ended: OrderedDict[str, Seat] = OrderedDict()  # the last ones, so that their clients hear why
         self._lock = threading.Lock()
         self.turns = Turns(threads)
         self._draining = False
@@ -153,7 +155,9 @@ class Host:
             yield control(message)
             return
         try:
-            yield control(Welcome(PROTOCOL, seat.token, seat.line.received, self.lease_s, self.worker.id))
+            yield control(
+                Welcome(PROTOCOL, seat.token, seat.line.received, self.lease_s, self._frame_bytes, self.worker.id)
+            )
             yield from self._outgoing(seat, reader.stream, hello.received + 1)
         finally:
             self.left(seat, reader.stream)
@@ -218,6 +222,9 @@ class Host:
             raise _Refusal("identity", "does not admit this identity: it was revoked or has expired")
         with self._lock:
             seat = self._seats.get(hello.session) if hello.session else self._opened(str(principal))
+            ended = self._ended.get(hello.session)
+        if ended is not None and ended.principal == str(principal) and ended.end is not None:
+            raise _Refusal(ended.end.code, ended.end.reason)  # its stream broke before it could be told
         if seat is None or seat.principal != str(principal) or seat.end is not None:
             raise _Refusal("session", _GONE)
         return seat
@@ -258,6 +265,10 @@ class Host:
         """End a session: its slots are freed, whatever waits for its turn does not run."""
         with self._lock:
             known = self._seats.pop(seat.token, None) is not None
+            if known and why.reason:
+                self._ended[seat.token] = seat
+                while len(self._ended) > ENDED:
+                    self._ended.popitem(last=False)
         seat.finish(why)
         if known:
             log.info("session of %s ended%s", seat.principal, f": {why.reason}" if why.reason else "")

@@ -124,7 +124,7 @@ class Meter:
         known = self._forecasts.get(key)
         if known is not None:
             return known
-        coming = forecast(call, self._store, self._call_flops)
+        coming = forecast(call, self._store, self._call_bytes, self._call_flops)
         if len(self._forecasts) >= _TABLE:
             self._forecasts.clear()
         if coming.lasting and sum(len(part) if type(part) is str else 1 for part in key) <= _LONGEST_KEY:
