@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-__all__ = ["Door", "Ref", "Struct", "TensorType", "Transport"]
+__all__ = ["PUBLIC", "Door", "Label", "Ref", "Struct", "TensorType", "Transport"]
 
 
 class Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -49,6 +49,31 @@ class TensorType(Struct, frozen=True, tag="type", tag_field="t"):
         """As printed in programs: `float32[64, 10]`."""
         place = "" if self.device == "cpu" else f" @{self.device}"
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]{place}"
+
+
+class Label(Struct, frozen=True, tag="label", tag_field="t"):
+    """From which owned data sets a value derives: their names, sorted. It follows every operation and every alias of a
+    storage. A value that derives from none is public: its own principal brought or made it."""
+
+    sources: tuple[str, ...] = ()
+
+    def __or__(self, other: Label) -> Label:
+        """What derives from both."""
+        if self is other or not other.sources:
+            return self
+        if not self.sources:
+            return other
+        return Label(tuple(sorted({*self.sources, *other.sources})))
+
+    def __bool__(self) -> bool:
+        return bool(self.sources)
+
+    def __str__(self) -> str:
+        """As printed: `heart + labs`, or `public`."""
+        return " + ".join(self.sources) or "public"
+
+
+PUBLIC = Label()
 
 
 class Door(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -19,10 +20,11 @@ from housecall.transport.arrays import pack, unpack
 from housecall.transport.parcel import Assembler, packed
 from housecall.types import Ref, TensorType
 from housecall.wire import codec
-from housecall.wire.codec import ITEM_BYTES, blob_sizes, decode, encode
+from housecall.wire.codec import ITEM_BYTES, blob_sizes, decode, decode_control, encode
 from housecall.wire.messages import (
     Array,
     Clear,
+    Column,
     Describe,
     Drop,
     Failure,
@@ -30,9 +32,13 @@ from housecall.wire.messages import (
     Found,
     Frame,
     Info,
+    Load,
     Message,
+    Open,
+    Owned,
     Put,
     Reply,
+    Result,
     Search,
     Seed,
     Tag,
@@ -226,17 +232,22 @@ MESSAGES: tuple[Message, ...] = (
     Search(("#a",)),
     Search(()),
     Clear(),
+    Open("heart"),
+    Load("heart", (8, 9)),
 )
+OWNED = Owned("heart", (Column("x", "float32", (13,)), Column("y", "int64", ())), 2**40, ("#heart",), "of Cleveland")
 RESULTS = (
     Value((ARRAY, FAILURE)),
     Types((ARRAY.type, FAILURE, None)),
     Found((Info(1, TensorType("complex64", (2, 3), (3, 1), 4, "cuda:0", conj=True, neg=True), ("#a",), "words"),)),
     Found(()),
+    Found((), (OWNED, OWNED)),
 )
 
 
 def test_every_kind_of_message_is_tried() -> None:
     assert {type(message) for message in MESSAGES} == set(Message.__args__)  # type: ignore[attr-defined]
+    assert {type(result) for result in RESULTS} == set(Result.__args__)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
@@ -437,6 +448,83 @@ def test_replies_are_not_trusted_either() -> None:
     assert "came with 0 bytes" in refused(lie, Reply)
     assert "not a Reply" in refused(GOOD_FRAME, Reply)
     assert "not a Frame" in refused(GOOD_REPLY, Frame)
+
+
+def places(tree: Any) -> Iterator[list[Any]]:
+    """Every list in a tree of lists, from the outside in."""
+    if isinstance(tree, list):
+        yield tree
+    for item in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from places(item)
+
+
+def structs(tree: list[Any]) -> list[list[Any]]:
+    """The lists that are a struct's fields, not a sequence: they begin with a tag or, for columns, a name."""
+    tags = {"array", "complex", "failure", "info", "items", "owned", "ref", "symbol", "type", "x", "y"}
+    tags |= {one.__struct_config__.tag for one in (*Message.__args__, *Result.__args__)}  # type: ignore[attr-defined]
+    return [node for node in places(tree) if node is tree or (node and isinstance(node[0], str) and node[0] in tags)]
+
+
+@pytest.mark.parametrize("body", [Frame, Reply])
+def test_one_field_too_many_is_refused_wherever_it_stands(body: Any) -> None:
+    """What one side means and the other does not know must not be passed over."""
+    good = GOOD_FRAME if body is Frame else GOOD_REPLY
+    count = len(structs(msgspec.msgpack.decode(good)))
+    assert count > 15
+    for number in range(count):
+        tree = msgspec.msgpack.decode(good)
+        structs(tree)[number].append(None)
+        assert "Expected `array` of at most length" in refused(msgspec.msgpack.encode(tree), body)
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        (["types", [["type", "float32", [-2], [1]]]], "a number is negative"),
+        (["types", [["type", "float32", [2], []]]], "1 dimensions with 0 strides"),
+        (["types", [["type", "float32", [2] * 65, [1] * 65]]], "at most 64"),
+        (["types", [["type", "float32", [2], [1], 0, "cpu", True]]], "has the conjugate bit"),
+        (["found", [["info", 1, ["type", "float32", [2], [-1]], [], ""]]], "a number is negative"),
+        (["found", [], [["owned", "heart", [["x", "float32", [-1]]], 1, [], ""]]], "Expected `int` >= 0"),
+        (["found", [], [["owned", "heart", [], -1, [], ""]]], "Expected `int` >= 0"),
+        (["value", [["failure", 1, -1, "op", "reason", False]]], "Expected `int` >= 0"),
+    ],
+)
+def test_types_and_counts_without_elements_are_checked_too(result: list[Any], text: str) -> None:
+    assert text in refused(msgspec.msgpack.encode([1, [result], []]), Reply)
+
+
+def test_a_dtype_that_does_not_travel_may_be_described() -> None:
+    reply = Reply(1, (Types((TensorType("float8_e8m0fnu", (2,), (1,)),)),), ())
+    read(encode(reply), Reply)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Fetch((2**64,)), Fetch((-(2**63) - 1,)), Call("op", (10**30,), {}, ()), Tag(1, (), "\ud800"), Search(("\udfff",))],
+    ids=repr,
+)
+def test_what_has_no_bytes_is_one_error_for_the_sender_too(message: Message) -> None:
+    with pytest.raises(CodecError, match="a Frame that does not travel"):
+        encode(Frame(1, (message,)))
+
+
+@pytest.mark.parametrize("text", [b"\xff", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80"])
+def test_text_that_is_no_utf_8_is_refused_wherever_it_stands(text: bytes) -> None:
+    """msgspec raises `UnicodeDecodeError` for it, which is not of its own errors."""
+    packed = bytes((0xA0 | len(text),)) + text
+    refused(b"\x92\x01\x91\x92" + packed + b"\x01")  # a tag
+    refused(b"\x92\x01\x91\x92\xa4open" + packed)  # a field
+    refused(b"\x92\x01\x91\x95\xa4call\xa2op\x91" + packed + b"\x80\x90")  # an argument
+    refused(b"\x92\x01\x91\x95\xa4call\xa2op\x90\x81" + packed + b"\xc0\x90")  # a name
+    with pytest.raises(CodecError):
+        decode_control(b"\x92\xa7refused" + packed)
+
+
+def test_of_two_arguments_of_one_name_the_last_is_meant() -> None:
+    (call,) = decode(b"\x92\x01\x91\x95\xa4call\xa2op\x90\x82\xa1a\x01\xa1a\x02\x90", Frame).messages
+    assert isinstance(call, Call)
+    assert call.kwargs == {"a": 2}
 
 
 @pytest.mark.parametrize("size", [2**16, 2**31, 2**32 - 1])

@@ -6,7 +6,14 @@ what is sent, and once more while it strikes what comes back.
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import random
+import signal
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +25,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import grpc_dial
 
+from housecall.cluster import LocalCluster
 from housecall.errors import ProtocolError, WorkerGone
-from housecall.remote import RemoteWorker
+from housecall.remote import RemoteWorker, reach
 from housecall.testing import SURVIVED, Fault, Faults, Kind, Way, World, faulty, memory_dial
 from housecall.transport.stream import PROTOCOL, LinkLost, StreamTransport
 from housecall.wire.messages import Drop, Failure, Fetch, Frame, Hello, Refused, Reply, Welcome
@@ -28,7 +36,7 @@ from housecall.worker.host import Host
 from housecall.worker.turns import Turns
 from housecall.worker.worker import Worker
 
-PATIENCE = 10.0  # seconds until what should have ended has failed
+PATIENCE = 30.0  # seconds until what should have ended has failed
 ONCE, ERROR = "exactly once", "one clear error"
 BALLAST = torch.arange(700_000.0)  # 2.8 MB: three packets
 
@@ -85,9 +93,8 @@ def settled(world: World) -> int:
     """How many slots the worker holds when it has done everything."""
     world.worker.session.forget()
     world.worker.session.wait()
-    (seat,) = world.host.seats
     world.host.turns.wait_idle(PATIENCE)
-    return len(seat.door.store)
+    return world.slots
 
 
 def send(world: World, big: torch.Tensor, strike: Strike) -> None:
@@ -537,3 +544,170 @@ def test_a_session_cannot_starve_another() -> None:
         within(many.close)
         within(one.close)
         host.close()
+
+
+def test_draining_does_what_has_come_and_then_says_so() -> None:
+    worker = Steps()
+    with nothing_left():
+        host = Host(worker)  # type: ignore[arg-type]
+        transport = StreamTransport(memory_dial(lambda: host, "many"), name="clinic")
+        for number in (1, 2, 3):
+            transport.send(Frame(number, (Drop(1), Drop(2))))
+        (seat,) = host.seats
+        assert worker.begun.wait(PATIENCE)
+        with seat.changed:
+            while seat.line.received < 3:  # the coming of a frame wakes nobody, so look
+                seat.changed.wait(0.001)
+        drained: list[bool] = []
+        drain = threading.Thread(target=lambda: drained.append(host.drain(PATIENCE)), name="housecall-drain")
+        drain.start()
+        worker.asked.set()
+        assert [within(transport.receive).number for _ in range(3)] == [1, 2, 3]
+        assert worker.events == ["many"] * 6
+        transport.send(Frame(4, (Drop(1),)))
+        with pytest.raises(WorkerGone, match="worker 'clinic' was shut down"):
+            within(transport.receive)
+        drain.join(PATIENCE)
+        assert drained == [True]
+        assert worker.events == ["many"] * 6
+
+
+# -- real processes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(("killed", "drained", "proxied"), patience=1.0) as cluster:
+        yield cluster
+
+
+def test_a_killed_worker_says_what_was_lost_and_a_restarted_one_refuses_old_pointers(cluster: LocalCluster) -> None:
+    worker = cluster["killed"]
+    patient = RemoteWorker(reach(worker.address, cluster.identity), worker.address, patience=PATIENCE)
+    counter, other = torch.zeros(3).send(worker), torch.zeros(3).send(patient)
+    assert counter.add_(1).clone().get().tolist() == [1.0] * 3
+    assert other.add_(1).clone().get().tolist() == [1.0] * 3
+    os.kill(worker.pid, signal.SIGKILL)
+    counter.add_(1)
+    with pytest.raises(WorkerGone, match=r"worker 'killed' cannot be reached .*tried for 1 s") as gone:
+        within(worker.session.wait)
+    assert "values it held for this session are lost" in str(gone.value)
+    assert "Unanswered: 1 messages, the oldest issued at" in str(gone.value)
+    assert "counter.add_(1)" in str(gone.value)
+
+    listen = worker.address.removeprefix("grpcs://")
+    command = [sys.executable, "-m", "housecall.service", str(cluster.folder / "killed"), "--listen", listen]
+    again = subprocess.Popen(
+        [*command, "--parent", str(os.getpid())], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    try:
+        assert again.stdout is not None
+        assert json.loads(within(again.stdout.readline, 60.0))["address"] == listen
+        with pytest.raises(WorkerGone, match="worker 'killed' no longer knows this session: it was restarted"):
+            within(other.get)
+        with RemoteWorker(reach(worker.address, cluster.identity), worker.address) as anew:
+            assert within(torch.ones(2).send(anew).add_(1).get).tolist() == [2.0, 2.0]
+    finally:
+        again.kill()
+        again.wait()
+        assert again.stdout is not None
+        again.stdout.close()
+
+
+def test_a_terminated_worker_answers_what_came_and_says_that_it_was_shut_down(cluster: LocalCluster) -> None:
+    worker = cluster["drained"]
+    counter = torch.zeros(3).send(worker)
+    for _ in range(1000):
+        counter.add_(1)
+    before = counter.clone()
+    worker.session.flush()
+    assert before.get().tolist() == [1000.0] * 3
+    os.kill(worker.pid, signal.SIGTERM)
+    process = next(process for process in cluster._processes if process.pid == worker.pid)
+    assert process.wait(PATIENCE) == 0
+    with pytest.raises(WorkerGone, match="worker 'drained' was shut down"):
+        within(counter.get)
+
+
+class Proxy:
+    """A TCP connection in between: it can change a byte of what passes, or end all connections."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._where = host, port
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        self.flips: dict[str, int] = {}  # way -> after how many bytes the next byte is changed
+        self.flipped = 0
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listening.accept()
+                far = socket.create_connection(self._where)
+            except OSError:
+                return
+            self._sockets += [near, far]
+            for way, source, sink in (("out", near, far), ("in", far, near)):
+                self._threads.append(threading.Thread(target=self._pass, args=(way, source, sink), daemon=True))
+                self._threads[-1].start()
+
+    def _pass(self, way: str, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := bytearray(source.recv(65536)):
+                if way in self.flips:
+                    self.flips[way] -= len(data)
+                    if self.flips[way] < 0:
+                        del self.flips[way]
+                        data[len(data) // 2] ^= 1
+                        self.flipped += 1
+                sink.sendall(data)
+        except OSError:
+            pass
+        finally:
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self) -> None:
+        for end in self._sockets:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes `accept`
+        self._listening.close()
+        self.cut()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+        for end in self._sockets:
+            end.close()
+
+
+def test_bytes_that_change_on_the_wire_never_become_values(cluster: LocalCluster) -> None:
+    """TLS notices, the connection ends, the session resumes: every call runs once, every element is right."""
+    host, port = cluster["proxied"].address.removeprefix("grpcs://").rsplit(":", 1)
+    proxy = Proxy(host, int(port))
+    try:
+        url = f"grpcs://127.0.0.1:{proxy.port}"
+        with RemoteWorker(reach(url, cluster.identity), url, patience=PATIENCE) as worker:
+            counter = torch.zeros(3).send(worker)
+            strikes = (("out", 0), ("in", 0), ("out", 1_500_000), ("in", 1_500_000), ("cut", 0))
+            for total, (way, after) in enumerate(strikes, 1):
+                if way == "cut":
+                    proxy.cut()
+                else:
+                    proxy.flips[way] = after
+                counter.add_(1)
+                big = BALLAST.send(worker)
+                assert torch.equal(within((big + counter[0]).get), BALLAST + total)
+                assert counter.clone().get().tolist() == [float(total)] * 3
+            transport = worker.session.transport
+            assert isinstance(transport, StreamTransport)
+            assert proxy.flipped == 4
+            assert transport.reconnections >= 5
+    finally:
+        proxy.close()

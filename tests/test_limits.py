@@ -34,13 +34,16 @@ from housecall.wire.messages import (
     Failure,
     Fetch,
     Frame,
+    Load,
     Message,
+    Open,
     Put,
     Reply,
     Search,
     Tag,
     Value,
 )
+from housecall.worker.catalogue import Catalogue
 from housecall.worker.limits import ENTRY, QUESTIONS, TEXT, UNLIMITED, Limits
 from housecall.worker.worker import Worker, WorkerSession
 
@@ -276,7 +279,7 @@ BOMBS: dict[str, tuple[Call, ...]] = {
         call("rnn_tanh.input", Ref(20), Ref(21), [Ref(22), Ref(22)], False, 1, 0.0, False, False, False, outs=(23, 24)),
     ),
     "a long matrix product": (
-        call("zeros.default", [1000, 1000], outs=(20,)),
+        call("zeros.default", [900, 900], outs=(20,)),
         call("mm.default", Ref(20), Ref(20), outs=(21,)),
     ),
 }
@@ -301,6 +304,23 @@ def test_a_refusal_says_what_and_how_much_and_what_to_do(door: WorkerSession) ->
     said = reasons(door, call("zeros.default", [MB], outs=(24,)))[0]
     assert said.startswith("LimitError: zeros.default would make 4,000,000 bytes: this session holds")
     assert f"{held + 4 * MB:,} of the 8,000,000 that it may; let go of tensors" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("a long matrix product", "mm.default would take some 1.5e+09 operations, and one call may take 1.0e+09"),
+        ("a polynomial of huge degree", "operations"),
+        ("a recurrent network over very many steps", "operations"),
+        ("masked loss of a broadcast", "would make or go through 40,000,000 bytes"),
+        ("expand and sum", "would make or go through"),
+        ("kron", "would make or go through 2,916,000,000 bytes"),
+    ],
+)
+def test_a_bomb_is_refused_for_the_right_reason(name: str, match: str, door: WorkerSession) -> None:
+    *before, last = BOMBS[name]
+    reasons(door, *before)
+    refused(door, last, match=match)
 
 
 def test_numbers_that_would_wrap_around_are_refused(door: WorkerSession) -> None:
@@ -475,11 +495,25 @@ def test_what_the_owner_lends_is_free_and_not_to_be_written() -> None:
         door.store.lend(1, torch.zeros(5 * MB))
     assert door.store.held == 0
     assert reasons(door, call("slice.Tensor", Ref(1), 0, 0, 10, outs=(2,))) == []
-    assert "would write to data of the worker's owner" in reasons(door, call("add_.Tensor", Ref(2), 1))[0]
-    assert "would write" in reasons(door, Call("_foreach_add_.Scalar", (Items((Ref(2),)), 1), {}, ()))[0]
+    assert "'self' is the owner's data" in reasons(door, call("add_.Tensor", Ref(2), 1))[0]
+    assert "is the owner's data" in reasons(door, Call("_foreach_add_.Scalar", (Items((Ref(2),)), 1), {}, ()))[0]
     assert reasons(door, call("clone.default", Ref(2), outs=(3,)), call("add_.Tensor", Ref(3), 1)) == []
     assert door.store.held == 40
     assert not door.store[1].any()
+
+
+def test_loading_takes_slots_and_answers_take_room() -> None:
+    catalogue = Catalogue()
+    catalogue.register("heart", {"x": torch.zeros(MB), "y": torch.zeros(MB)}, description="d" * 5000)
+    door = Worker("w", msgspec.structs.replace(SMALL, reply_bytes=30_000), catalogue=catalogue).open("me")
+    assert reasons(door, Load("heart", (1, 2))) == []
+    assert door.store.held == 0
+    assert "bound already" in reasons(door, Load("heart", (2, 3)))[0]
+    found = reasons(door, *[Load("heart", (2 * n, 2 * n + 1)) for n in range(2, 40)])
+    assert "load needs a slot" in found[0]
+    assert len(door.store) <= 50
+    assert len(say(door, *[Open("heart")] * 20).results) == 5
+    assert len(say(door, *[Search(())] * 20).results) == 5
 
 
 # -- slots ------------------------------------------------------------------------------------------------
@@ -644,6 +678,8 @@ def test_arguments_of_another_shape_are_another_key(door: WorkerSession) -> None
     assert door.store.specs[23].size == (500,)
     assert reasons(door, call("full.default", [3], 1, outs=(24,)), call("full.default", [3], 1.0, outs=(25,))) == []
     assert [door.store.specs[ref].type.dtype for ref in (24, 25)] == ["int64", "float32"]
+    assert reasons(door, call("repeat_interleave.self_int", Z, 1, 0, outs=(26,))) == []
+    refused(door, call("repeat_interleave.self_int", Z, 10**6, 0, outs=(27,)), match="would make")
     for ref, value in door.store.tensors().items():
         assert door.store.specs[ref].size == value.shape
 
@@ -691,7 +727,7 @@ def test_tags_are_short(door: WorkerSession) -> None:
     assert reasons(door, Tag(1, ("#a",), "x" * 1000)) == []
     found = say(door, *[Search(("#a",))] * 20_000)
     assert 0 < len(found.results) < 10_000
-    assert "search would take" in found.failures[0].reason
+    assert "the answer would take" in found.failures[0].reason
     say(door, Drop(1))
     assert not door.store.tags
 

@@ -20,7 +20,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..errors import CodecError, ProtocolError
+from ..errors import ProtocolError
 from ..transport.line import Line
 from ..transport.parcel import MAX_BLOB_BYTES, Assembler, Parcel, is_control, packed
 from ..transport.stream import PROTOCOL
@@ -77,7 +77,7 @@ class Seat:
         reply = yield from self.door.work(frame)
         try:
             parcel = packed(reply)
-        except CodecError as error:  # a value whose dtype does not travel
+        except Exception as error:  # a dtype that does not travel, no memory for a copy: nobody else's turns end by it
             parcel = packed(Reply(frame.number, (), (*reply.failures, Failure(0, 0, "fetch", str(error), writes=True))))
         with self.changed:
             self._under_way = None

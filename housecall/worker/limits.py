@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 
 from ..errors import LimitError, ProgramError
-from ..program.call import HOLE, Arg, Call, Complex, Items, refs
+from ..program.call import HOLE, Arg, Call, Complex, Items
 from ..program.check import arguments
 from ..program.forecast import WRAPS, Forecast, forecast
 from ..program.ops import Operator, operator
@@ -36,7 +36,7 @@ from ..program.outcome import by_kind, spec
 from ..program.run import Randomness, execute, value_of
 from ..program.typing import type_of
 from ..types import Ref
-from ..wire.messages import Info, Put, Tag
+from ..wire.messages import Found, Put, Tag
 from .store import Store
 
 __all__ = ["UNLIMITED", "Limits", "Meter"]
@@ -100,8 +100,8 @@ class Meter:
                 raise _bound(outs[0])
         elif outs:
             _check_new(outs, store)
-        if store.lends and _rule(call.op).writes:
-            self._check_written(call)
+        if store.lent and _rule(call.op).writes:
+            store.check_writes(call)
         execute(call, store, self._randomness)
         if coming.single is not None:
             self._count(outs[0], coming)
@@ -176,14 +176,6 @@ class Meter:
             return error
         return ProgramError(f"{call.op}: an argument is no value of this session")
 
-    def _check_written(self, call: Call) -> None:
-        """Refuse to write what the owner lends."""
-        for param, arg in arguments(_rule(call.op).operator, call):
-            if param.writes and any(self._store.cells[ref].lent for ref in refs(arg)):
-                raise ProgramError(
-                    f"{call.op} would write to data of the worker's owner, which is there to be read; clone it first"
-                )
-
     def _refusal(self, call: Call, coming: Forecast) -> LimitError:
         name, store, limits = call.op, self._store, self.limits
         if self.spent >= self._compute_s:
@@ -224,16 +216,19 @@ class Meter:
         store, ref, value = self._store, message.id, message.value.data
         if ref in store or ref <= HOLE:
             raise _bound(ref)
-        nbytes = value.untyped_storage().nbytes()
-        if store.held + nbytes > self._session_bytes:
-            raise self._no_bytes("put", nbytes)
-        if len(store) >= self._slots:
-            raise self._no_slots("put")
+        self.check_room("put", 1, value.untyped_storage().nbytes())
         given = spec(type_of(value))
         if given.volume >= WRAPS:
             raise LimitError(f"put: {given.type} has more elements than can be counted")
         store[ref] = value
         store.count(ref, value, given)
+
+    def check_room(self, what: str, slots: int, nbytes: int) -> None:
+        """Refuse what has no place in this session: so many more slots, so many more bytes."""
+        if len(self._store) + slots > self._slots:
+            raise self._no_slots(what)
+        if self._store.held + nbytes > self._session_bytes:
+            raise self._no_bytes(what, nbytes)
 
     def check_tag(self, message: Tag) -> None:
         """Refuse a tag that is longer than any honest one."""
@@ -251,9 +246,12 @@ class Meter:
         rows = zip(value.shape, value.stride(), strict=True)
         self._leaves("fetch", math.prod(n for n, step in rows if step) * value.element_size())
 
-    def check_found(self, found: tuple[Info, ...]) -> None:
-        """Refuse an answer to a search that would make the reply too large."""
-        self._leaves("search", sum(ENTRY + len(one.description) + sum(map(len, one.tags)) for one in found))
+    def check_found(self, found: Found) -> None:
+        """Refuse an answer that would make the reply too large."""
+        said = [(info.tags, info.description, 1) for info in found.slots]
+        said += [(owned.tags, owned.description, 1 + len(owned.columns)) for owned in found.owned]
+        nbytes = sum(ENTRY * parts + len(text) + sum(map(len, tags)) for tags, text, parts in said)
+        self._leaves("the answer", nbytes)
 
     def _leaves(self, what: str, nbytes: int) -> None:
         if self._leaving + nbytes > self._reply_bytes:

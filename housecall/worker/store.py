@@ -38,16 +38,14 @@ class Missing(ProtocolError):
 
 
 class Cell:
-    """One storage's account: the bytes that it is charged with, how many slots alias it, and whether it is the
-    owner's, who lends it."""
+    """One storage's account: the bytes that it is charged with, and how many slots alias it."""
 
-    __slots__ = ("address", "lent", "nbytes", "slots")
+    __slots__ = ("address", "nbytes", "slots")
 
-    def __init__(self, address: int, nbytes: int, lent: bool = False) -> None:
+    def __init__(self, address: int, nbytes: int) -> None:
         self.address = address
         self.nbytes = nbytes
         self.slots = 0
-        self.lent = lent
 
 
 class Store(dict[int, Any]):
@@ -61,9 +59,8 @@ class Store(dict[int, Any]):
         self.tags: dict[int, Tag] = {}
         self.specs: dict[int, Spec] = {}
         self.cells: dict[int, Cell] = {}
-        self.lent: dict[int, torch.Tensor] = {}
+        self.lent: dict[int, torch.Tensor] = {}  # by address of its storage, which is kept: addresses come again
         self.held = 0
-        self.lends = False  # whether there ever was a cell that is lent
         self.turned_away: tuple[int, Failed] | None = None  # the first id that found no room, and why
         self._by_address: dict[int, Cell] = {}
 
@@ -89,12 +86,11 @@ class Store(dict[int, Any]):
         self.specs[ref] = expected
 
     def lend(self, ref: int, value: torch.Tensor) -> None:
-        """Bind a slot to a tensor of the owner's: charged to nobody, and `cells[ref].lent` for all its views."""
+        """Bind a slot to a tensor of the owner's: charged to nobody, and neither it nor a view may be written."""
         address = _address(value)
         self.lent[address] = value
         if address not in self._by_address:
-            self._by_address[address] = Cell(address, 0, lent=True)
-        self.lends = True
+            self._by_address[address] = Cell(address, 0)
         self[ref] = value
         self.count(ref, value)
 

@@ -202,12 +202,10 @@ class WorkerSession:
                 _ = self.store[ref]  # tagging what is not there must fail now, not at the search
                 self.store.tags[ref] = message
             case Search(tags=tags):
-                found = self.store.search(tags, type_of)
-                if meter is not None:
-                    meter.check_found(found)
-                results.append(Found(found, tuple(map(_described, self.worker.catalogue.search(*tags)))))
+                owned = tuple(map(_described, self.worker.catalogue.search(*tags)))
+                self._found(Found(self.store.search(tags, type_of), owned), results)
             case Open(name=name):
-                results.append(Found((), (_described(self.worker.catalogue.owned(name)),)))
+                self._found(Found((), (_described(self.worker.catalogue.owned(name)),)), results)
             case Load(name=name, ids=ids):
                 self._load(name, ids)
             case Clear():
@@ -220,8 +218,21 @@ class WorkerSession:
         for ref in ids:
             if ref <= HOLE or ref in self.store:
                 raise ProgramError(f"%{ref} is bound already, or no id; bind each id once")
+        device = self.worker.device
+        away = device.type != "cpu"  # then the session gets copies, which it pays for
+        if self.meter is not None:
+            self.meter.check_room("load", len(ids), sum(column.nbytes for column in columns.values()) if away else 0)
         for ref, column in zip(ids, columns.values(), strict=True):
-            self.store.lend(ref, column.to(self.worker.device))
+            if away:
+                self.store[ref] = column.to(device)
+                self.store.count(ref, self.store[ref])
+            else:
+                self.store.lend(ref, column)
+
+    def _found(self, found: Found, results: list[Result]) -> None:
+        if self.meter is not None:
+            self.meter.check_found(found)
+        results.append(found)
 
     def _released(self, ref: int) -> Array | Failure:
         value = self._held(ref)

@@ -1,0 +1,94 @@
+"""Where labels go: which values of a program derive from which owned data sets. A pure walk, before anything runs.
+
+The rule is one line: a result has the labels of all arguments, and so has whatever the call writes to. Values that may
+share a storage share a label, since a write to one is a write to all; what an operator *may* alias is taken to alias
+here, while a worker's store sees the storages themselves. So a store's label is never more than the one found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..types import PUBLIC, Label
+from .call import HOLE, Call, Program, refs
+from .check import arguments, check
+from .ops import Operator, operator
+
+__all__ = ["flow", "label_of", "shows_elements", "written"]
+
+
+def flow(program: Program, labels: Mapping[str, Label]) -> dict[str, Label]:
+    """The labels of a program's outputs, given those of its inputs by name; an input that is not named is public.
+
+    Raises `ProgramError` for a program that may not run."""
+    check(program)
+    walk = _Walk()
+    for item in program.inputs:
+        walk.bind(item.id, labels.get(item.name, PUBLIC), ())
+    for call in program.calls:
+        walk.call(call)
+    return {name: walk.label(ref) for name, ref in program.outputs}
+
+
+def label_of(call: Call, labels: Mapping[int, Label]) -> Label:
+    """The join of the labels of all that a call reads."""
+    found = PUBLIC
+    for arg in (*call.args, *call.kwargs.values()):
+        for ref in refs(arg):
+            found = found | labels.get(ref, PUBLIC)
+    return found
+
+
+def written(call: Call, rules: Operator) -> list[int]:
+    """The ids that a call writes to in place."""
+    return [ref for param, arg in arguments(rules, call) if param.writes for ref in refs(arg)]
+
+
+def shows_elements(rules: Operator) -> bool:
+    """Whether what an operator gives shows elements by other means than elements: a shape that depends on them, or a
+    number or truth for Python. With a private operand such a call is refused."""
+    return rules.dynamic or any(item.kind != "Tensor" for item in rules.returns)
+
+
+class _Walk:
+    """Labels by group: ids whose values may share a storage are in one."""
+
+    def __init__(self) -> None:
+        self._group: dict[int, int] = {}
+        self._labels: dict[int, Label] = {}
+
+    def label(self, ref: int) -> Label:
+        return self._labels[self._root(ref)]
+
+    def bind(self, ref: int, label: Label, shares: tuple[int, ...]) -> None:
+        self._group[ref] = ref
+        self._labels[ref] = label
+        for other in shares:
+            self._join(ref, other)
+
+    def call(self, call: Call) -> None:
+        rules = operator(call.op)
+        label = PUBLIC
+        for arg in (*call.args, *call.kwargs.values()):
+            for ref in refs(arg):
+                label = label | self.label(ref)
+        for ref in written(call, rules):
+            self._labels[self._root(ref)] = self.label(ref) | label
+        by_name = {param.name: arg for param, arg in arguments(rules, call)}
+        sources = [by_name[item.view_of] for item in rules.returns if item.view_of in by_name]
+        shares = tuple(ref for source in sources for ref in refs(source))
+        for out in call.outs:
+            if out != HOLE:
+                self.bind(out, label, shares)
+
+    def _root(self, ref: int) -> int:
+        while self._group[ref] != ref:
+            self._group[ref] = self._group[self._group[ref]]
+            ref = self._group[ref]
+        return ref
+
+    def _join(self, one: int, other: int) -> None:
+        here, there = self._root(one), self._root(other)
+        if here != there:
+            self._group[here] = there
+            self._labels[there] = self._labels[there] | self._labels[here]
