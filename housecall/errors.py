@@ -12,6 +12,7 @@
     │   └── CodecError                     bytes that are not a message
     ├── WorkerGone (ConnectionError)       a worker that cannot answer any more
     ├── IdentityError                      who somebody is was not shown, or is refused
+    ├── PolicyError (ValueError)           an owner's rule, key or approval that is missing, damaged or another's
     └── DataError                          a data set that is missing, damaged or unfit
 
 A message says which thing, what was found, what was expected, and what to do next.
@@ -27,6 +28,7 @@ __all__ = [
     "LimitError",
     "OperatorError",
     "PlaceError",
+    "PolicyError",
     "ProgramError",
     "ProtocolError",
     "SpentPointerError",
@@ -92,6 +94,10 @@ class WorkerGone(HousecallError, ConnectionError):
 class IdentityError(HousecallError):
     """Who somebody is was not shown, or is refused: a key, certificate, invitation or revocation list that is missing,
     damaged, over, or another's."""
+
+
+class PolicyError(HousecallError, ValueError):
+    """An owner's rule, key or approval that is missing, damaged, over, or not the owner's."""
 
 
 class DataError(HousecallError):

@@ -39,7 +39,7 @@ class DoorWorker:
     def __init__(self, door: Door) -> None:
         self._door = door
 
-    def open(self, principal: str) -> Any:
+    def open(self, principal: str, role: str = "scientist") -> Any:
         return _Stepping(self._door)
 
 

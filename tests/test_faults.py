@@ -499,7 +499,7 @@ class Steps:
         self.events: list[str] = []
         self.begun, self.asked = threading.Event(), threading.Event()
 
-    def open(self, principal: str) -> Any:
+    def open(self, principal: str, role: str = "scientist") -> Any:
         events, begun, asked = self.events, self.begun, self.asked
 
         class Door:

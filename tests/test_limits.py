@@ -26,7 +26,7 @@ from housecall.program.forecast import forecast
 from housecall.program.ops import operator, table
 from housecall.program.run import computing, overload
 from housecall.transport.memory import MemoryTransport
-from housecall.types import Ref
+from housecall.types import Label, Ref
 from housecall.wire.messages import (
     Array,
     Describe,
@@ -492,7 +492,7 @@ def test_what_is_put_is_charged_too() -> None:
 def test_what_the_owner_lends_is_free_and_not_to_be_written() -> None:
     door = session()
     with computing():
-        door.store.lend(1, torch.zeros(5 * MB))
+        door.store.lend(1, torch.zeros(5 * MB), Label(("heart",)))
     assert door.store.held == 0
     assert reasons(door, call("slice.Tensor", Ref(1), 0, 0, 10, outs=(2,))) == []
     assert "'self' is the owner's data" in reasons(door, call("add_.Tensor", Ref(2), 1))[0]

@@ -140,10 +140,10 @@ def test_a_load_must_name_every_column() -> None:
         (failure,) = session.handle(Frame(1, (Load("heart", ids),))).failures
         assert isinstance(failure, Failure)
         assert dict(session.store.tensors()) == {}
-    session.handle(Frame(2, (Put(1, share(torch.ones(2))),)))
-    (failure,) = session.handle(Frame(3, (Load("heart", (1, 2)),))).failures
+    session.handle(Frame(2, (Put(9, share(torch.ones(2))),)))
+    (failure,) = session.handle(Frame(3, (Load("heart", (9, 10)),))).failures
     assert "bound" in failure.reason
-    assert torch.equal(session.store[1], torch.ones(2))
+    assert torch.equal(session.store[9], torch.ones(2))
 
 
 def test_raw_writes_are_refused_too() -> None:

@@ -388,6 +388,26 @@ def test_blobs_are_allocated_up_to_the_limit_and_not_beyond(asked: CountingTorch
     assert asked.asked == LIMIT
 
 
+def test_a_blob_of_no_bytes_is_refused() -> None:
+    with pytest.raises(CodecError, match="a blob of no bytes"):
+        Assembler(Frame, LIMIT).feed(blob_frame(0))
+
+
+@pytest.mark.parametrize("packet", [b"", b"\1", b"\3rest", b"\xffrest", SAMPLES[0][1][0]], ids=range(5))
+def test_between_the_packets_of_a_message_stand_no_others(packet: bytes) -> None:
+    assembler = Assembler(Frame, LIMIT)
+    assert assembler.feed(SAMPLES[0][1][0]) is None
+    with pytest.raises(CodecError, match="message 1 was cut off by another"):
+        assembler.feed(packet)
+
+
+def test_what_follows_the_last_blob_is_refused() -> None:
+    assembler = Assembler(Frame, LIMIT)
+    assert assembler.feed(blob_frame(8)) is None
+    with pytest.raises(CodecError, match="followed by 3 bytes that it did not name"):
+        assembler.feed(bytes((MORE,)) + bytes(11))
+
+
 def test_an_error_repeats_little_of_what_came() -> None:
     """It goes to the log, and back in a `Refused`, which must fit into a packet."""
     long = "x" * 1_000_000
@@ -543,6 +563,24 @@ def test_a_host_outlives_everybody_who_lies_to_it(host: Host, clock: Clock) -> N
     for thread in readers():
         thread.join(60)
     assert not [thread for thread in readers() if thread.is_alive()]
+
+
+BREACHES = {
+    "no packet": [b"\xffrest"],
+    "a frame too early": cut(Frame(2, (Clear(),))),
+    "an acknowledgement of what was not sent": cut(Frame(1, (Clear(),)), 9),
+    "a head that is none": [begin(1, 0, 3) + b"\xc1\xc1\xc1"],
+    "more than the limit": [blob_frame(LIMIT + 1)],
+    "a second hello": [control(Hello(PROTOCOL, "", 0, "x"))],
+    "text that is no UTF-8": [b"\0\x92\xa3ack\xa1\xff"],
+}
+
+
+@pytest.mark.parametrize("breach", BREACHES)
+def test_who_breaks_the_protocol_loses_the_session(breach: str, host: Host) -> None:
+    told = list(host.serve(iter([control(CONTROLS[0]), *BREACHES[breach]]), "mallory"))
+    assert isinstance(read_control(told[0]), Welcome)
+    assert host.seats == ()
 
 
 @pytest.mark.xfail(strict=True, reason="Host._greet: a seat whose hello is refused is kept for ever, without a lease")

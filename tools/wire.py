@@ -1,4 +1,4 @@
-"""Write the tables and examples of `docs/wire.md` from the code: what stands between `<!-- NAME -->` and `<!-- end -->`.
+"""Write the tables and examples of `docs/wire.md` from the code: all between `<!-- NAME -->` and `<!-- end -->`.
 
 A test fails if the page is not what this writes. `python tools/wire.py`
 """
@@ -19,7 +19,7 @@ from housecall.program.call import Arg, Call, Complex, Items, Symbol
 from housecall.transport import grpc, stream
 from housecall.transport.parcel import INLINE, MAX_BLOB_BYTES, packed
 from housecall.types import Ref, TensorType
-from housecall.wire import codec, messages, packets
+from housecall.wire import codec, packets
 from housecall.wire.messages import (
     Ack,
     Array,
@@ -304,11 +304,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
 def page(text: str) -> str:
     """The page with its blocks written anew. Raises `ValueError` if one is missing."""
     for name, block in BLOCKS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", re.S)
+        pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end -->", re.S)
         if len(pattern.findall(text)) != 1:
             raise ValueError(f"docs/wire.md needs one block <!-- {name} --> ... <!-- end -->")
-        made = f"\n{block()}\n"
-        text = pattern.sub(lambda found, made=made: found[1] + made + found[2], text)  # type: ignore[misc]  # bound now
+        made = f"<!-- {name} -->\n\n{block()}\n\n<!-- end -->"
+        text = pattern.sub(made.replace("\\", r"\\"), text)
     return text
 
 

@@ -21,12 +21,12 @@ from ..errors import LimitError, ProgramError
 from .bounds import BOUNDED, bound, pieces, reads_values, work
 from .call import Call
 from .check import complete_arguments
-from .ops import operator
+from .ops import Return, operator
 from .outcome import Spec, expected, spec, stand_in
 from .run import computing, overload, value_of
 from .typing import meta, type_of
 
-__all__ = ["MOST_DIMS", "WRAPS", "Forecast", "forecast"]
+__all__ = ["MOST_DIMS", "WRAPS", "Forecast", "forecast", "result_types", "shown_by_shape"]
 
 WRAPS = 1 << 62  # bytes: near here torch's own arithmetic wraps around
 MOST_DIMS = 64  # as many as torch's kernels take; sizes and strides are memory too
@@ -77,6 +77,30 @@ def forecast(call: Call, values: Mapping[int, Any], nbytes: float, flops: float)
             reason = str(error).partition("\n")[0][:300]
             raise LimitError(f"{call.op} cannot be sized before it runs, and is refused for that: {reason}") from None
         raise
+
+
+def shown_by_shape(call: Call, values: Mapping[int, Any]) -> bool:
+    """Whether the shape of a call's results, or what it takes, depends on the elements of its inputs."""
+    rule = _rule(call.op)
+    if not (rule.operator.dynamic or reads_values(call.op) or rule.name in BOUNDED):
+        return False
+    args = {param.name: value_of(arg, values) for param, arg in complete_arguments(rule.operator, call)}
+    return not _at_positions(args)
+
+
+def result_types(call: Call, values: Mapping[int, Any]) -> list[Spec | None]:
+    """The types of a call's fresh results, in the order of its `outs`, from those of its inputs; `None` for a hole."""
+    rule = _rule(call.op)
+    args = {param.name: value_of(arg, values) for param, arg in complete_arguments(rule.operator, call)}
+    stands = {name: _as_meta(value, rule.operator.writes) for name, value in args.items()}
+    if rule.makes:
+        stands["device"] = torch.device("meta")
+    result, _ = _run(rule, stands)
+    found: list[Spec | None] = []
+    for item in expected(rule.operator, result).results:
+        if not isinstance(item, Return):
+            found.extend(one if isinstance(one, Spec) else None for one in (item if isinstance(item, list) else [item]))
+    return found
 
 
 class _Rule:

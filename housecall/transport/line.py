@@ -39,6 +39,13 @@ class Line:
         at = number - (self.sent - len(self._kept) + 1)
         return self._kept[at] if 0 <= at < len(self._kept) else None
 
+    def resume(self, number: int) -> None:
+        """After a break the other side says that it has all up to `number`. Raises `ProtocolError` if it said before
+        that it had more: what it acknowledged is gone."""
+        if number < self.sent - len(self._kept):
+            raise ProtocolError(f"all up to message {number} is said to have come, but more was acknowledged before")
+        self.acknowledge(number)
+
     def acknowledge(self, number: int) -> None:
         """The other side has all up to `number`. Raises `ProtocolError` if that was never sent."""
         if number > self.sent:

@@ -264,7 +264,7 @@ class StreamTransport:
                 self.reconnections += 1
                 log.info("resumed the session at worker '%s'", self.name)
             self._token, self.worker, self.frame_bytes = welcome.session, welcome.worker, welcome.frame_bytes
-            self._line.acknowledge(welcome.received)
+            self._line.resume(welcome.received)
             self._cursor = welcome.received + 1
             self._changed.notify_all()
 

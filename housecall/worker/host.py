@@ -50,7 +50,7 @@ class _Refusal(Exception):
 class Seat:
     """One session's place at the host: the door, the frames that wait, the replies that are not acknowledged."""
 
-    def __init__(self, principal: str, door: WorkerSession) -> None:
+    def __init__(self, principal: str, door: WorkerSession, most_kept: int) -> None:
         self.token = secrets.token_hex(16)
         self.principal = principal
         self.door = door
@@ -61,6 +61,7 @@ class Seat:
         self.streams = 0
         self.away_since: float | None = None
         self.end: Refused | None = None  # why the session is over
+        self._most_kept = most_kept
         self._under_way: Iterator[None] | None = None
 
     def steps(self) -> Iterator[None] | None:
@@ -85,6 +86,9 @@ class Seat:
                 self.inbox.popleft()
                 self.line.send(parcel)
                 self.changed.notify_all()
+            kept = self.line.kept_bytes
+        if kept > self._most_kept:
+            self.finish(Refused("limit", f"kept {kept:,} bytes of answers that nobody read, and keeps no more"))
 
     def wait_for(self, stream: int, number: int) -> tuple[Parcel | None, Refused | None, int]:
         """Wait for a reply, the end, or another stream; with the number of the last frame that came."""
@@ -148,6 +152,8 @@ class Host:
         reader = _Reader(self, incoming, principal)
         try:
             seat, hello = reader.welcomed(HELLO_S)
+        except TimeoutError:
+            return  # a slow network, perhaps: the client may come again
         except (_Refusal, ProtocolError) as error:
             message = error.message if isinstance(error, _Refusal) else Refused("protocol", str(error))
             log.warning("refused %s: %s", principal, message.reason)
@@ -221,7 +227,7 @@ class Host:
         if not self.admits(principal):
             raise _Refusal("identity", "does not admit this identity: it was revoked or has expired")
         with self._lock:
-            seat = self._seats.get(hello.session) if hello.session else self._opened(str(principal))
+            seat = self._seats.get(hello.session) if hello.session else self._opened(principal)
             ended = self._ended.get(hello.session)
         if ended is not None and ended.principal == str(principal) and ended.end is not None:
             raise _Refusal(ended.end.code, ended.end.reason)  # its stream broke before it could be told
@@ -229,12 +235,13 @@ class Host:
             raise _Refusal("session", _GONE)
         return seat
 
-    def _opened(self, principal: str) -> Seat:
+    def _opened(self, principal: Any) -> Seat:
         if self._draining:
             raise _Refusal("draining", "is shutting down and takes no new sessions")
         if len(self._seats) >= self._most_seats:
             raise _Refusal("limit", f"has {len(self._seats)} sessions and takes no more for now")
-        seat = Seat(principal, self.worker.open(principal))
+        name, role = getattr(principal, "name", str(principal)), getattr(principal, "role", "scientist")
+        seat = Seat(str(principal), self.worker.open(name, role), self._frame_bytes)
         self._seats[seat.token] = seat
         self.counters["sessions"] += 1
         log.info("session opened by %s", principal)
@@ -244,7 +251,7 @@ class Host:
         """A stream begins to serve a seat, in place of any other, to a client that has `received` so many replies;
         the stream's number."""
         with seat.changed:
-            seat.line.acknowledge(received)
+            seat.line.resume(received)
             seat.streams += 1
             seat.stream = seat.streams
             seat.away_since = None
@@ -277,7 +284,9 @@ class Host:
         """End the sessions whose clients have been away for longer than the lease."""
         now = self._clock()
         for seat in self.seats:
-            if seat.away_since is not None and now - seat.away_since > self.lease_s:
+            if seat.end is not None:  # it ended itself
+                self.end(seat, seat.end)
+            elif seat.away_since is not None and now - seat.away_since > self.lease_s:
                 self.counters["expired"] += 1
                 self.end(seat, Refused("session", _GONE))
 
@@ -318,7 +327,7 @@ class _Reader:
     def welcomed(self, timeout: float) -> tuple[Seat, Hello]:
         """The seat that this stream serves, once its hello has come."""
         if not self._ready.wait(timeout):
-            raise _Refusal("protocol", f"no hello within {timeout:g} s")
+            raise TimeoutError
         if self._refusal is not None:
             raise self._refusal
         assert self._seat is not None

@@ -35,8 +35,9 @@ from ..program.ops import Operator, operator
 from ..program.outcome import by_kind, spec
 from ..program.run import Randomness, execute, value_of
 from ..program.typing import type_of
-from ..types import Ref
+from ..types import PUBLIC, Ref
 from ..wire.messages import Found, Put, Tag
+from .private import check_private, run_private
 from .store import Store
 
 __all__ = ["UNLIMITED", "Limits", "Meter"]
@@ -86,6 +87,9 @@ class Meter:
     def call(self, call: Call) -> None:
         """Run a call, or refuse it: `LimitError` for what it takes, `ProgramError` for what it says."""
         store, outs = self._store, call.outs
+        label, failed = store.read_by(call) if store.private else (PUBLIC, False)
+        if label:
+            check_private(call, label, store)
         coming = self._forecast(call)
         if (
             coming.most > self._call_bytes
@@ -102,6 +106,9 @@ class Meter:
             _check_new(outs, store)
         if store.lent and _rule(call.op).writes:
             store.check_writes(call)
+        if label:
+            run_private(call, label, failed, store, self._randomness)
+            return
         execute(call, store, self._randomness)
         if coming.single is not None:
             self._count(outs[0], coming)

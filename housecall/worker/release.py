@@ -1,19 +1,31 @@
 """The only door out: every value that leaves a worker leaves through `release`.
 
-Today the door asks nobody: all that a session holds, its own principal sent or computed. It stands here, with
-one caller, so that the owner's policy and ledger have one place to go.
+What a session's own principal sent, or computed from that alone, is hers and leaves freely. What derives from owned
+data leaves if the gate says so: by label, policy and who asks, never by the value, which is not looked at before. The
+gate has written the owner's ledger, to the disk, when it says yes; if it cannot, it says no.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ..errors import HousecallError
 from ..transport.arrays import share
-from ..wire.messages import Array
+from ..wire.messages import Array, Failure
+from .gate import Gate, Who
+from .private import FAILED
+from .store import Cell
 
 __all__ = ["release"]
 
 
-def release(value: torch.Tensor) -> Array:
-    """The elements of a value, on their way out: its own, never the rest of its storage."""
+def release(value: torch.Tensor, cell: Cell | None, who: Who, gate: Gate) -> Array | Failure:
+    """The elements of a value, on their way out: its own, never the rest of its storage. Or why they stay."""
+    if cell is not None and cell.label:
+        try:
+            gate.release(who, cell.label)
+        except HousecallError as error:
+            return Failure(0, 0, "release", str(error), writes=False)
+        if cell.failed:
+            return Failure(0, 0, "release", FAILED, writes=False)
     return share(value)

@@ -8,16 +8,18 @@ cell. What the owner lends a session is not charged to it, and may not be writte
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ..errors import ProgramError, ProtocolError
-from ..program.call import Call, refs
+from ..program.call import Call, Items, refs
 from ..program.check import arguments
 from ..program.ops import operator
 from ..program.outcome import Spec, spec
 from ..program.typing import type_of
+from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Failure, Info, Tag
 
 __all__ = ["Cell", "Failed", "Missing", "Store"]
@@ -38,14 +40,17 @@ class Missing(ProtocolError):
 
 
 class Cell:
-    """One storage's account: the bytes that it is charged with, and how many slots alias it."""
+    """One storage's account: the bytes that it is charged with, how many slots alias it, from which owned data sets its
+    elements derive, and whether a call that was to make them failed on private data (see `private`)."""
 
-    __slots__ = ("address", "nbytes", "slots")
+    __slots__ = ("address", "failed", "label", "nbytes", "slots")
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.address = address
         self.nbytes = nbytes
         self.slots = 0
+        self.label = PUBLIC
+        self.failed = False
 
 
 class Store(dict[int, Any]):
@@ -61,6 +66,7 @@ class Store(dict[int, Any]):
         self.cells: dict[int, Cell] = {}
         self.lent: dict[int, torch.Tensor] = {}  # by address of its storage, which is kept: addresses come again
         self.held = 0
+        self.private = False  # whether anything here ever had a label
         self.turned_away: tuple[int, Failed] | None = None  # the first id that found no room, and why
         self._by_address: dict[int, Cell] = {}
 
@@ -85,7 +91,7 @@ class Store(dict[int, Any]):
             expected = spec(type_of(value))
         self.specs[ref] = expected
 
-    def lend(self, ref: int, value: torch.Tensor) -> None:
+    def lend(self, ref: int, value: torch.Tensor, label: Label) -> None:
         """Bind a slot to a tensor of the owner's: charged to nobody, and neither it nor a view may be written."""
         address = _address(value)
         self.lent[address] = value
@@ -93,6 +99,33 @@ class Store(dict[int, Any]):
             self._by_address[address] = Cell(address, 0)
         self[ref] = value
         self.count(ref, value)
+        self.mark((ref,), label, failed=False)
+
+    # -- labels -------------------------------------------------------------------------------------------
+
+    def label(self, ref: int) -> Label:
+        """From which owned data sets a slot's value derives."""
+        cell = self.cells.get(ref)
+        return PUBLIC if cell is None else cell.label
+
+    def read_by(self, call: Call) -> tuple[Label, bool]:
+        """The label of all that a call reads, and whether any of it failed on private data."""
+        label, failed, cells = PUBLIC, False, self.cells
+        for arg in (*call.args, *call.kwargs.values()):
+            for ref in (arg.id,) if type(arg) is Ref else refs(arg) if type(arg) is Items else ():
+                cell = cells.get(ref)
+                if cell is not None and cell.label:
+                    label, failed = label | cell.label, failed or cell.failed
+        return label, failed
+
+    def mark(self, slots: Iterable[int], label: Label, *, failed: bool) -> None:
+        """What these slots hold, and all that shares their storage, derives from `label` as well."""
+        self.private = True
+        for ref in slots:
+            cell = self.cells.get(ref)
+            if cell is not None:
+                cell.label = cell.label | label
+                cell.failed = cell.failed or failed
 
     def check_writes(self, call: Call) -> None:
         """Refuse a call that would write to what the owner lends, or to a view of it. Raises `ProgramError`."""
@@ -126,6 +159,7 @@ class Store(dict[int, Any]):
         self.lent.clear()
         self._by_address.clear()
         self.held = 0
+        self.private = False
         self.turned_away = None
 
     # -- what others ask ----------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ..errors import LimitError, ProgramError
 from ..program.call import HOLE, Call
 from ..program.run import Randomness, computing, execute
 from ..program.typing import type_of
-from ..types import TensorType
+from ..types import Label, TensorType
 from ..wire import messages as wire
 from ..wire.messages import (
     Array,
@@ -41,6 +41,7 @@ from ..wire.messages import (
 )
 from .catalogue import Catalogue
 from .device import at_home, home
+from .gate import Gate, Who
 from .limits import TEXT, UNLIMITED, Limits, Meter
 from .owned import Owned
 from .release import release
@@ -62,20 +63,22 @@ class Worker:
         limits: Limits = UNLIMITED,
         *,
         catalogue: Catalogue | None = None,
+        gate: Gate | None = None,
         device: str = "cpu",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.id = id
         self.device = home(device)
         self.catalogue = Catalogue() if catalogue is None else catalogue
+        self.gate = Gate() if gate is None else gate
         self.limits = limits
         self.clock = clock
         self.sessions: list[WorkerSession] = []
         self._lock = threading.Lock()
 
-    def open(self, principal: str) -> WorkerSession:
+    def open(self, principal: str, role: str = "scientist") -> WorkerSession:
         """Begin a session for `principal`: an empty store, its own order, its own randomness."""
-        session = WorkerSession(self, principal)
+        session = WorkerSession(self, Who(principal, role))
         with self._lock:
             self.sessions.append(session)
         return session
@@ -108,18 +111,25 @@ def _bound_by(message: Message) -> tuple[int, ...]:
 class WorkerSession:
     """The worker's side of one session: a `Door`. `meter` holds it to the worker's limits; `None` if there are none."""
 
-    def __init__(self, worker: Worker, principal: str) -> None:
+    def __init__(self, worker: Worker, who: Who) -> None:
         self.worker = worker
-        self.principal = principal
+        self.who = who
         self.store = Store()
         self.randomness = Randomness()
         self.meter: Meter | None = None
         if worker.limits != UNLIMITED:
-            self.meter = Meter(worker.limits, self.store, self.randomness, worker.clock)
+            self._begin_metering()
 
     def close(self) -> None:
         """End the session."""
         self.worker.leave(self)
+
+    def _begin_metering(self) -> Meter:
+        """From now on every slot has an account: for limits, and for labels, which stand on it."""
+        self.meter = Meter(self.worker.limits, self.store, self.randomness, self.worker.clock)
+        for ref, value in self.store.tensors().items():
+            self.store.count(ref, value)
+        return self.meter
 
     def handle(self, frame: Frame) -> Reply:
         """Do what the frame says, in order. Autograd runs at the caller, so no graph is built here."""
@@ -135,7 +145,7 @@ class WorkerSession:
         """`handle` in steps, a message each, to be taken within `computing()`; the generator's value is the reply."""
         if self.worker.device.type != "cpu":
             frame = at_home(frame, self.worker.device)
-        return self._free(frame) if self.meter is None else self._metered(frame, self.meter)
+        return self._free(frame) if self.meter is None else self._metered(frame, self.meter, 0, [], [])
 
     def _free(self, frame: Frame) -> Generator[None, None, Reply]:
         results: list[Result] = []
@@ -145,11 +155,11 @@ class WorkerSession:
             kind = type(message)
             try:
                 if kind is Call:
-                    if store.lent:
-                        store.check_writes(message)  # type: ignore[arg-type]  # `kind` says it is a Call
-                    execute(message, store, randomness)  # type: ignore[arg-type]  # as above
+                    execute(message, store, randomness)  # type: ignore[arg-type]  # `kind` says it is a Call
                 elif kind is Drop:
                     store.pop(message.id, None)  # type: ignore[union-attr]  # as above
+                elif kind is Load:  # what comes after it needs an account
+                    return (yield from self._metered(frame, self._begin_metering(), index, results, failures))
                 else:
                     self._answer(message, results)
             except Exception as error:  # what a message does must not end the session
@@ -157,12 +167,13 @@ class WorkerSession:
             yield
         return Reply(frame.number, tuple(results), tuple(failures))
 
-    def _metered(self, frame: Frame, meter: Meter) -> Generator[None, None, Reply]:
-        results: list[Result] = []
-        failures: list[Failure] = []
+    def _metered(
+        self, frame: Frame, meter: Meter, first: int, results: list[Result], failures: list[Failure]
+    ) -> Generator[None, None, Reply]:
         call, drop, clock = meter.call, self.store.drop, meter.clock
         meter.new_reply()
-        for index, message in enumerate(frame.messages):
+        for index in range(first, len(frame.messages)):
+            message = frame.messages[index]
             kind = type(message)
             began = clock()
             try:
@@ -212,6 +223,7 @@ class WorkerSession:
                 self.store.clear()
 
     def _load(self, name: str, ids: tuple[int, ...]) -> None:
+        self.worker.gate.load(self.who, name)
         columns = self.worker.catalogue.columns(name)
         if len(ids) != len(columns) or len(set(ids)) != len(ids):
             raise ProgramError(f"data set '{name}' has {len(columns)} columns; {len(ids)} ids were to be bound: {ids}")
@@ -226,8 +238,9 @@ class WorkerSession:
             if away:
                 self.store[ref] = column.to(device)
                 self.store.count(ref, self.store[ref])
+                self.store.mark((ref,), Label((name,)), failed=False)
             else:
-                self.store.lend(ref, column)
+                self.store.lend(ref, column, Label((name,)))
 
     def _found(self, found: Found, results: list[Result]) -> None:
         if self.meter is not None:
@@ -243,7 +256,7 @@ class WorkerSession:
                 self.meter.check_release(value)
             except LimitError as error:
                 return Failure(0, 0, "fetch", f"{type(error).__name__}: {error}", writes=False)
-        return release(value)
+        return release(value, self.store.cells.get(ref), self.who, self.worker.gate)
 
     def _described(self, ref: int) -> TensorType | Failure | None:
         if ref not in self.store:  # a hole: the operator gave nothing there
