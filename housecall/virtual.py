@@ -11,6 +11,8 @@ from .errors import UsageError
 from .pointers.location import Location
 from .pointers.session import Session
 from .transport.memory import MemoryTransport
+from .worker.gate import Gate
+from .worker.policy import DENY, Policy
 from .worker.worker import Worker
 
 __all__ = ["VirtualWorker"]
@@ -26,7 +28,8 @@ class VirtualWorker(Location):
     def __init__(self, hook: Any = None, id: str = "worker", *, synchronous: bool = False, codec: bool = False) -> None:
         if not isinstance(id, str) or not id:
             raise UsageError(f"a worker's id is a name such as 'clinic', found {id!r}")
-        self.worker = Worker(id)
+        self._policies: dict[str, Policy] = {}
+        self.worker = Worker(id, gate=Gate(lambda: self._policies))
         self._door = self.worker.open("me")
         transport = MemoryTransport(self._door, name=id, codec=codec)
         super().__init__(id, Session(transport, self, synchronous=synchronous))
@@ -37,14 +40,17 @@ class VirtualWorker(Location):
         *,
         tags: Sequence[str] = (),
         description: str = "",
+        policy: Policy | None = None,
         replace: bool = False,
         **columns: torch.Tensor,
     ) -> None:
         """Register a data set of the worker's owner: `worker.add("heart", x=table, y=labels, tags=["#heart"])`.
 
-        Columns are tensors with as many records each, (records, ...). Any session finds the set with `search` and
-        `dataset`, and none can write to it. Raises `DataError` or `UsageError` for what cannot be one."""
+        Columns are tensors with as many records each, (records, ...). Any session finds the set with `search`; `policy`
+        says who may use it and what may leave, and without one nobody may. Raises `DataError` or `UsageError` for what
+        cannot be a data set."""
         self.worker.catalogue.register(name, columns, tags, description, replace=replace)
+        self._policies[name] = DENY if policy is None else policy
 
     @property
     def _objects(self) -> dict[int, torch.Tensor]:

@@ -44,7 +44,9 @@ from housecall.wire.messages import (
     Value,
 )
 from housecall.worker.catalogue import Catalogue
+from housecall.worker.gate import Gate
 from housecall.worker.limits import ENTRY, QUESTIONS, TEXT, UNLIMITED, Limits
+from housecall.worker.policy import Policy
 from housecall.worker.worker import Worker, WorkerSession
 
 MB = 1_000_000
@@ -505,7 +507,8 @@ def test_what_the_owner_lends_is_free_and_not_to_be_written() -> None:
 def test_loading_takes_slots_and_answers_take_room() -> None:
     catalogue = Catalogue()
     catalogue.register("heart", {"x": torch.zeros(MB), "y": torch.zeros(MB)}, description="d" * 5000)
-    door = Worker("w", msgspec.structs.replace(SMALL, reply_bytes=30_000), catalogue=catalogue).open("me")
+    gate = Gate(lambda: {"heart": Policy.open_to("me")})
+    door = Worker("w", msgspec.structs.replace(SMALL, reply_bytes=30_000), catalogue=catalogue, gate=gate).open("me")
     assert reasons(door, Load("heart", (1, 2))) == []
     assert door.store.held == 0
     assert "bound already" in reasons(door, Load("heart", (2, 3)))[0]

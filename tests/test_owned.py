@@ -16,8 +16,11 @@ from housecall.transport.arrays import share
 from housecall.types import Ref
 from housecall.wire.messages import Failure, Frame, Load, Put
 from housecall.worker.catalogue import Catalogue
+from housecall.worker.gate import Gate
+from housecall.worker.policy import Policy
 from housecall.worker.worker import Worker
 
+OPEN = Policy.open_to("*")
 X = torch.arange(40.0).view(10, 4)
 Y = torch.arange(10)
 
@@ -25,7 +28,7 @@ Y = torch.arange(10)
 @pytest.fixture(params=["direct", "codec"])
 def clinic(request: pytest.FixtureRequest) -> hc.VirtualWorker:
     worker = hc.VirtualWorker(id="clinic", codec=request.param == "codec")
-    worker.add("heart", x=X.clone(), y=Y.clone(), tags=["#heart", "#2026"], description="ten hearts")
+    worker.add("heart", x=X.clone(), y=Y.clone(), tags=["#heart", "#2026"], description="ten hearts", policy=OPEN)
     return worker
 
 
@@ -69,7 +72,7 @@ def test_nothing_of_it_was_sent(clinic: hc.VirtualWorker) -> None:
 def test_several_owners_are_joined() -> None:
     owners = [hc.VirtualWorker(id=name) for name in ("cleveland", "zurich")]
     for number, owner in enumerate(owners):
-        owner.add("heart", x=X + number, y=Y)
+        owner.add("heart", x=X + number, y=Y, policy=OPEN)
     both = owners[0].dataset("heart") + owners[1].dataset("heart")
     assert both.workers == owners
     assert len(both) == 20
@@ -83,7 +86,7 @@ def test_a_model_trains_on_it(clinic: hc.VirtualWorker) -> None:
     local, remote = nn.Linear(4, 2), nn.Linear(4, 2)
     remote.load_state_dict(local.state_dict())
     labels = Y % 2
-    clinic.add("labelled", x=X, y=labels)
+    clinic.add("labelled", x=X, y=labels, policy=OPEN)
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3) for model in (local, remote)]
     for (x, y), start in zip(hc.FederatedDataLoader(clinic.dataset("labelled"), batch_size=5), (0, 5), strict=True):
         remote.send(clinic)
@@ -113,7 +116,7 @@ def test_getting_a_column_takes_nothing_away(clinic: hc.VirtualWorker) -> None:
 
 
 def test_two_sessions_share_the_data_and_nothing_else() -> None:
-    worker = Worker("clinic")
+    worker = Worker("clinic", gate=Gate(lambda: {"heart": OPEN}))
     worker.catalogue.register("heart", {"x": X.clone()})
     one, other = worker.open("alice"), worker.open("bob")
     for session in (one, other):
@@ -133,7 +136,7 @@ def test_an_unknown_name_is_an_error_that_helps(clinic: hc.VirtualWorker) -> Non
 
 
 def test_a_load_must_name_every_column() -> None:
-    worker = Worker("clinic")
+    worker = Worker("clinic", gate=Gate(lambda: {"heart": OPEN}))
     worker.catalogue.register("heart", {"x": X, "y": Y})
     session = worker.open("mallory")
     for ids in ((), (1,), (1, 2, 3), (0, 1), (-1, 1), (4, 4)):
@@ -147,7 +150,7 @@ def test_a_load_must_name_every_column() -> None:
 
 
 def test_raw_writes_are_refused_too() -> None:
-    worker = Worker("clinic")
+    worker = Worker("clinic", gate=Gate(lambda: {"heart": OPEN}))
     worker.catalogue.register("heart", {"x": X.clone()})
     session = worker.open("mallory")
     session.handle(Frame(1, (Load("heart", (1,)), Call("t.default", (Ref(1),), {}, (2,)))))

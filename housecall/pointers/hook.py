@@ -1,7 +1,7 @@
 """TorchHook: gives torch's classes the methods that the article uses. It adds, never overrides, and can be undone.
 
 Tensor.send(worker)   Tensor.get()
-Module.send(worker)   Module.get()         Module.location
+Module.send(worker)   Module.get()         Module.location      Module.request("why")
 Dataset.federate((a, b))
 """
 
@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..errors import UsageError
 from .data import federate
-from .module import get_module, module_location, send_module
+from .module import get_module, module_location, request_module, send_module
 from .optimizer import follow
 from .tensor import send
 
@@ -32,6 +32,7 @@ _ADDED: tuple[tuple[type, str, Any], ...] = (
     (torch.nn.Module, "send", send_module),
     (torch.nn.Module, "get", get_module),
     (torch.nn.Module, "location", property(module_location)),
+    (torch.nn.Module, "request", request_module),
     (Dataset, "federate", federate),
 )
 

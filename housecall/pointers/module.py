@@ -21,10 +21,11 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from .request import OwnersAnswer, ask_owner
 from .session import Session, caller
 from .tensor import PointerTensor, sent, session_of, sessions_of
 
-__all__ = ["get_module", "module_location", "send_module"]
+__all__ = ["get_module", "module_location", "request_module", "send_module"]
 
 
 def send_module(module: nn.Module, location: Any) -> nn.Module:
@@ -59,6 +60,15 @@ def get_module(module: nn.Module) -> nn.Module:
             if hook is _with_first_state:
                 del part._forward_pre_hooks[key]
     return module
+
+
+def request_module(module: nn.Module, reason: str) -> OwnersAnswer:
+    """Ask the worker's owner to let parameters and buffers out, once, as they are now; gradients are not asked for."""
+    pointers = [tensor for tensor in _tensors(module) if isinstance(tensor, PointerTensor)]
+    sessions = sessions_of(pointers)
+    if len(sessions) != 1:
+        raise UsageError("this module is at home, or at several workers: .send(worker) it to one, and ask there")
+    return ask_owner(sessions.pop(), [pointer._slot for pointer in pointers], reason)
 
 
 def module_location(module: nn.Module) -> Any:

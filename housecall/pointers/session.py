@@ -31,7 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from ..errors import OperatorError, ProtocolError, UsageError, WorkerGone
+from ..errors import OperatorError, PolicyError, ProtocolError, UsageError, WorkerGone
 from ..program.call import Call, Items, refs
 from ..program.typing import type_of
 from ..transport.arrays import share
@@ -281,8 +281,10 @@ class Session:
                 raise self.error(item)
         return list(types)
 
-    def error(self, failure: Failure) -> OperatorError:
-        """The error for a failure: where it ran, what ran, and which line issued it."""
+    def error(self, failure: Failure) -> OperatorError | PolicyError:
+        """The error for a failure: where it ran, what ran, and which line issued it; or that an owner said no."""
+        if failure.operator == "release":
+            return PolicyError(f"worker '{self.location.id}': {failure.reason}")
         site = self._failed.get((failure.frame, failure.index))
         return OperatorError(self.location.id, failure.operator, failure.reason, str(site) if site else "")
 

@@ -17,6 +17,7 @@ from ..program.outcome import Spec, spec
 from ..program.typing import DTYPES
 from ..wire.codec import ITEM_BYTES
 from .dispatch import dispatch, point
+from .request import OwnersAnswer, ask_owner
 from .session import Session, Site, Slot
 
 __all__ = ["PointerTensor", "send", "sent", "session_of", "sessions_of", "spend"]
@@ -123,6 +124,10 @@ class PointerTensor(torch.Tensor):
     def describe(self, description: str) -> PointerTensor:
         """Describe the value in words. Returns this pointer."""
         return self.location.describe(self, description)  # type: ignore[no-any-return]  # as above
+
+    def request(self, reason: str) -> OwnersAnswer:
+        """Ask the worker's owner to let this value out once, as it is now: `x.request("why").wait()`, then `.get()`."""
+        return ask_owner(self._slot.session, [self._slot], reason)
 
     # -- devices: torch would look for them on this machine -------------------------------------------------
 

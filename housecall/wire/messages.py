@@ -38,9 +38,12 @@ __all__ = [
     "Put",
     "Refused",
     "Reply",
+    "Request",
+    "Requested",
     "Result",
     "Search",
     "Seed",
+    "Status",
     "Tag",
     "Types",
     "Value",
@@ -134,7 +137,20 @@ class Load(Struct, frozen=True, tag="load", tag_field="t"):
     ids: tuple[int, ...]
 
 
-Message = Put | Call | Drop | Fetch | Describe | Seed | Tag | Search | Clear | Open | Load
+class Request(Struct, frozen=True, tag="request", tag_field="t"):
+    """Ask the worker's owner to let these values out, with a reason in words. Answered by `Requested`."""
+
+    ids: tuple[int, ...]
+    reason: str
+
+
+class Status(Struct, frozen=True, tag="status", tag_field="t"):
+    """What has become of a request of one's own? Answered by `Requested`."""
+
+    request: str
+
+
+Message = Request | Status | Put | Call | Drop | Fetch | Describe | Seed | Tag | Search | Clear | Open | Load
 
 
 class Frame(Struct, frozen=True):
@@ -201,7 +217,15 @@ class Found(Struct, frozen=True, tag="found", tag_field="t"):
     owned: tuple[Owned, ...] = ()
 
 
-Result = Value | Types | Found
+class Requested(Struct, frozen=True, tag="requested", tag_field="t"):
+    """A request as it stands: its id, "pending", "approved" or "denied", and the owner's words, if she gave any."""
+
+    request: str
+    status: str
+    words: str
+
+
+Result = Requested | Value | Types | Found
 
 
 class Reply(Struct, frozen=True):

@@ -37,6 +37,7 @@ from ..program.run import Randomness, execute, value_of
 from ..program.typing import type_of
 from ..types import PUBLIC, Ref
 from ..wire.messages import Found, Put, Tag
+from .history import History
 from .private import check_private, run_private
 from .store import Store
 
@@ -72,6 +73,7 @@ class Meter:
     def __init__(self, limits: Limits, store: Store, randomness: Randomness, clock: Callable[[], float]) -> None:
         self.limits, self.clock = limits, clock
         self.spent = 0.0
+        self.history = History()
         self._store, self._randomness = store, randomness
         self._forecasts: dict[tuple[Any, ...], Forecast] = {}
         self._leaving = 0
@@ -104,10 +106,10 @@ class Meter:
                 raise _bound(outs[0])
         elif outs:
             _check_new(outs, store)
-        if store.lent and _rule(call.op).writes:
-            store.check_writes(call)
+        if _rule(call.op).writes:
+            store.write(call)
         if label:
-            run_private(call, label, failed, store, self._randomness)
+            run_private(call, label, failed, store, self._randomness, self.history)
             return
         execute(call, store, self._randomness)
         if coming.single is not None:

@@ -52,6 +52,12 @@ _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
 Who = tuple[str, ...]
 
 
+def _check(key: str, entries: Iterable[str], form: re.Pattern[str], expected: str) -> None:
+    for entry in entries:
+        if not form.fullmatch(entry):
+            raise PolicyError(f"{key}: {entry[:80]!r} is none of {expected}")
+
+
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A table of a policy. What Python code gives is checked as strictly as what a file says: `interactive="al"`
     would else name 'a' and 'l'."""
@@ -194,12 +200,6 @@ class Policy(_Table, frozen=True):
 
 
 DENY = Policy.deny()
-
-
-def _check(key: str, entries: Iterable[str], form: re.Pattern[str], expected: str) -> None:
-    for entry in entries:
-        if not form.fullmatch(entry):
-            raise PolicyError(f"{key}: {entry[:80]!r} is none of {expected}")
 
 
 def _lines(table: msgspec.Struct, prefix: str = "") -> Iterator[str]:

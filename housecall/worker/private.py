@@ -16,12 +16,13 @@ import logging
 import torch
 
 from ..errors import ProgramError
-from ..program.call import HOLE, Call
+from ..program.call import HOLE, Call, refs
 from ..program.flow import written
 from ..program.forecast import result_types, shown_by_shape
 from ..program.ops import operator
 from ..program.run import Randomness, execute
 from ..types import Label
+from .history import History
 from .store import Store
 
 __all__ = ["FAILED", "check_private", "run_private"]
@@ -40,9 +41,11 @@ def check_private(call: Call, label: Label, store: Store) -> None:
         )
 
 
-def run_private(call: Call, label: Label, failed: bool, store: Store, randomness: Randomness) -> None:
+def run_private(call: Call, label: Label, failed: bool, store: Store, randomness: Randomness, history: History) -> None:
     """Run a call whose arguments have a label, and label what it gives and writes. Raises nothing."""
     writes = written(call, operator(call.op))
+    read = [ref for arg in (*call.args, *call.kwargs.values()) for ref in refs(arg)]
+    history.add(call, {ref: store.specs[ref].type for ref in read})
     try:
         execute(call, store, randomness)
     except Exception as error:  # whatever it is, it stays here

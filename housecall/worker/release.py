@@ -12,18 +12,20 @@ import torch
 from ..errors import HousecallError
 from ..transport.arrays import share
 from ..wire.messages import Array, Failure
-from .gate import Gate, Who
+from .gate import Opening
 from .private import FAILED
 from .store import Cell
 
 __all__ = ["release"]
 
 
-def release(value: torch.Tensor, cell: Cell | None, who: Who, gate: Gate) -> Array | Failure:
-    """The elements of a value, on their way out: its own, never the rest of its storage. Or why they stay."""
+def release(value: torch.Tensor, cell: Cell | None, opening: Opening, digest: str) -> Array | Failure:
+    """The elements of a value, on their way out: its own, never the rest of its storage. Or why they stay.
+
+    `digest` is that of the request which the value is part of, empty if nobody asked for it."""
     if cell is not None and cell.label:
         try:
-            gate.release(who, cell.label)
+            opening.ask(cell.label, digest)
         except HousecallError as error:
             return Failure(0, 0, "release", str(error), writes=False)
         if cell.failed:

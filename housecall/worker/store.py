@@ -41,14 +41,16 @@ class Missing(ProtocolError):
 
 class Cell:
     """One storage's account: the bytes that it is charged with, how many slots alias it, from which owned data sets its
-    elements derive, and whether a call that was to make them failed on private data (see `private`)."""
+    elements derive, whether a call that was to make them failed on private data (see `private`), and how often it was
+    written to."""
 
-    __slots__ = ("address", "failed", "label", "nbytes", "slots")
+    __slots__ = ("address", "failed", "label", "nbytes", "slots", "writes")
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.address = address
         self.nbytes = nbytes
         self.slots = 0
+        self.writes = 0
         self.label = PUBLIC
         self.failed = False
 
@@ -127,15 +129,14 @@ class Store(dict[int, Any]):
                 cell.label = cell.label | label
                 cell.failed = cell.failed or failed
 
-    def check_writes(self, call: Call) -> None:
-        """Refuse a call that would write to what the owner lends, or to a view of it. Raises `ProgramError`."""
+    def write(self, call: Call) -> None:
+        """Before a call writes: refuse it for what the owner lends, or a view of it (`ProgramError`), and count it,
+        also if it fails halfway: the values of this storage are others from now on."""
         for param, arg in arguments(operator(call.op), call):
-            if param.writes and any(self._is_lent(ref) for ref in refs(arg)):
-                raise ProgramError(f"'{param.name}' is the owner's data, which is there to be read; clone it first")
-
-    def _is_lent(self, ref: int) -> bool:
-        value = self.get(ref)
-        return isinstance(value, torch.Tensor) and _address(value) in self.lent
+            for cell in [self.cells[ref] for ref in refs(arg) if ref in self.cells] if param.writes else ():
+                if cell.address in self.lent:
+                    raise ProgramError(f"'{param.name}' is the owner's data, which is there to be read; clone it first")
+                cell.writes += 1
 
     def drop(self, ref: int) -> None:
         """Free a slot, and its storage's charge if it was the last. Dropping what is not there changes nothing."""

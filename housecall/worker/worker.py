@@ -6,17 +6,19 @@ closed tables. A failure is an answer, never an exception to the transport.
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import threading
 import time
 from collections.abc import Callable, Generator
 
 import torch
 
-from ..errors import LimitError, ProgramError
-from ..program.call import HOLE, Call
+from ..errors import LimitError, ProgramError, UsageError
+from ..program.call import HOLE, Call, text
 from ..program.run import Randomness, computing, execute
 from ..program.typing import type_of
-from ..types import Label, TensorType
+from ..types import PUBLIC, Label, TensorType
 from ..wire import messages as wire
 from ..wire.messages import (
     Array,
@@ -32,16 +34,19 @@ from ..wire.messages import (
     Open,
     Put,
     Reply,
+    Request,
+    Requested,
     Result,
     Search,
     Seed,
+    Status,
     Tag,
     Types,
     Value,
 )
 from .catalogue import Catalogue
 from .device import at_home, home
-from .gate import Gate, Who
+from .gate import Gate, Opening, Who
 from .limits import TEXT, UNLIMITED, Limits, Meter
 from .owned import Owned
 from .release import release
@@ -114,6 +119,8 @@ class WorkerSession:
     def __init__(self, worker: Worker, who: Who) -> None:
         self.worker = worker
         self.who = who
+        self.id = secrets.token_hex(8)
+        self.asked: dict[str, str] = {}  # what `_key` calls a value -> the digest of the request that it is part of
         self.store = Store()
         self.randomness = Randomness()
         self.meter: Meter | None = None
@@ -200,7 +207,12 @@ class WorkerSession:
             case Fetch(ids=ids):
                 if meter is not None:
                     meter.check_question(ids)
-                results.append(Value(tuple(self._released(ref) for ref in ids)))
+                opening = Opening(self.worker.gate, self.who)
+                results.append(Value(tuple(self._released(ref, opening) for ref in ids)))
+            case Request(ids=ids, reason=reason):
+                results.append(self._request(ids, reason))
+            case Status(request=request):
+                results.append(self.worker.gate.status(self.who, request))
             case Describe(ids=ids):
                 if meter is not None:
                     meter.check_question(ids)
@@ -234,20 +246,42 @@ class WorkerSession:
         away = device.type != "cpu"  # then the session gets copies, which it pays for
         if self.meter is not None:
             self.meter.check_room("load", len(ids), sum(column.nbytes for column in columns.values()) if away else 0)
-        for ref, column in zip(ids, columns.values(), strict=True):
+        for ref, (title, column) in zip(ids, columns.items(), strict=True):
             if away:
                 self.store[ref] = column.to(device)
                 self.store.count(ref, self.store[ref])
                 self.store.mark((ref,), Label((name,)), failed=False)
             else:
                 self.store.lend(ref, column, Label((name,)))
+            if self.meter is not None:
+                self.meter.history.lent(ref, f"{name}.{title}", type_of(self.store[ref]))
 
     def _found(self, found: Found, results: list[Result]) -> None:
         if self.meter is not None:
             self.meter.check_found(found)
         results.append(found)
 
-    def _released(self, ref: int) -> Array | Failure:
+    def _request(self, ids: tuple[int, ...], reason: str) -> Requested:
+        """Ask the owner for values as they are now: a later write makes them others, which nobody asked for."""
+        label, keys = PUBLIC, []
+        for ref in ids:
+            label = label | self.store.label(ref)
+            keys.append(self._key(ref))
+        if self.meter is None or not label:
+            raise UsageError("these values derive from nobody's data: fetch them, there is nothing to ask")
+        digest = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+        said = self.worker.gate.request(self.who, label, digest, text(self.meter.history.program(ids)), reason)
+        self.asked.update(dict.fromkeys(keys, digest))
+        return said
+
+    def _key(self, ref: int) -> str:
+        """What one value of one slot is called in requests: not the same after a write, nor in another session."""
+        cell = self.store.cells.get(ref)
+        if cell is None:
+            raise ProgramError(f"%{ref} holds no value")
+        return f"{self.id}/{ref}/{cell.writes}"
+
+    def _released(self, ref: int, opening: Opening) -> Array | Failure:
         value = self._held(ref)
         if isinstance(value, Failure):
             return value
@@ -256,7 +290,9 @@ class WorkerSession:
                 self.meter.check_release(value)
             except LimitError as error:
                 return Failure(0, 0, "fetch", f"{type(error).__name__}: {error}", writes=False)
-        return release(value, self.store.cells.get(ref), self.who, self.worker.gate)
+        cell = self.store.cells.get(ref)
+        digest = self.asked.get(self._key(ref), "") if cell is not None and cell.label and self.asked else ""
+        return release(value, cell, opening, digest)
 
     def _described(self, ref: int) -> TensorType | Failure | None:
         if ref not in self.store:  # a hole: the operator gave nothing there
