@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .. import __version__
+from ..cluster import ClusterWorker, LocalCluster
 from ..datasets import MNIST, Compose, Normalize, ToTensor
 from ..pointers.data import FederatedDataLoader, FederatedDataset, federate
 from ..pointers.hook import TorchHook
+from ..pointers.location import Location
 from ..virtual import VirtualWorker
 
 __all__ = ["Net", "Run", "Settings", "Show", "run", "settle"]
@@ -55,6 +59,7 @@ class Settings:
     seed: int
     owners: bool
     limit: int | None
+    processes: bool = False
 
 
 @dataclass
@@ -106,25 +111,43 @@ def run(settings: Settings, show: Show) -> Run:
     torch.manual_seed(settings.seed)
     hook = TorchHook(torch)
     try:
-        schools = VirtualWorker(hook, id="westside"), VirtualWorker(hook, id="grapevine")
-        show.say("Reading MNIST ...")
-        federated, test_set = _deal(settings, schools)
-        result = Run(settings, {part.location.id: len(part) for part in federated.parts})
-        result.data_bytes = sum(school.session.bytes_sent for school in schools)
-        for part in federated.parts:
-            show.say(f"  {part.location.id} holds {len(part):,} images")
-        with show.progress:
-            _train(result, federated, test_set, show)
-        result.model_bytes_sent = sum(school.session.bytes_sent for school in schools) - result.data_bytes
-        result.model_bytes_fetched = sum(school.session.bytes_fetched for school in schools)
-        result.waits = sum(school.session.waits for school in schools)
-        return result
+        with _schools(settings) as schools:
+            return _taught(settings, schools, show)
     finally:
         hook.remove()
 
 
+@contextmanager
+def _schools(settings: Settings) -> Iterator[Sequence[Location]]:
+    """The two schools: in this process, or each in one of its own."""
+    names = "westside", "grapevine"
+    if settings.processes:
+        with LocalCluster(names) as cluster:
+            yield cluster.workers
+    else:
+        yield tuple(VirtualWorker(id=name) for name in names)
+
+
+def _taught(settings: Settings, schools: Sequence[Location], show: Show) -> Run:
+    for school in schools:
+        if isinstance(school, ClusterWorker):
+            show.say(f"  {school.id} is process {school.pid}, at {school.address}")
+    show.say("Reading MNIST ...")
+    federated, test_set = _deal(settings, schools)
+    result = Run(settings, {part.location.id: len(part) for part in federated.parts})
+    result.data_bytes = sum(school.session.bytes_sent for school in schools)
+    for part in federated.parts:
+        show.say(f"  {part.location.id} holds {len(part):,} images")
+    with show.progress:
+        _train(result, federated, test_set, show)
+    result.model_bytes_sent = sum(school.session.bytes_sent for school in schools) - result.data_bytes
+    result.model_bytes_fetched = sum(school.session.bytes_fetched for school in schools)
+    result.waits = sum(school.session.waits for school in schools)
+    return result
+
+
 def _deal(
-    settings: Settings, schools: tuple[VirtualWorker, VirtualWorker]
+    settings: Settings, schools: Sequence[Location]
 ) -> tuple[FederatedDataset, tuple[torch.Tensor, torch.Tensor]]:
     """Each school its images, and the test set at home: ((n, 1, 28, 28) images, (n,) labels)."""
     transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
@@ -274,7 +297,7 @@ def _closing(result: Run, folder: Path) -> str:
         f"                        (parameters and gradients), and {len(result.losses):,} loss values.\n"
         f"What did not            images and labels. {placed:.0f} MB were placed at the schools beforehand,\n"
         "                        in place of what real schools hold already.\n"
-        "What this does not show the schools see the model, gradients tell of the images, and both schools are in\n"
-        "                        this process and are asked for nothing.\n\n"
+        "What this does not show the schools see the model, gradients tell of the images, and both schools are on\n"
+        "                        this machine and are asked for nothing.\n\n"
         f"{folder}/model.safetensors  {folder}/run.json  {folder}/curve.png"
     )

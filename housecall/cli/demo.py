@@ -33,6 +33,9 @@ def demo(
     article: Annotated[
         bool, typer.Option("--article", help="The article's own settings: lr 0.01, no momentum, 10 epochs.")
     ] = False,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Each school a process of its own, over mutual TLS.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=20, help="Use only so many training images (a quick look).")] = None,
 ) -> None:
     """Two schools train one digit classifier on real MNIST; the images stay where they are."""
@@ -43,5 +46,5 @@ def demo(
         raise UsageError(f"--out {folder} is not empty: name a new folder, or leave it out")
     from ._schools import Settings, Show, run, settle  # torch is imported here, so that --help stays quick
 
-    settings = Settings(data, epochs, lr, momentum, batch_size, seed, owners, limit)
+    settings = Settings(data, epochs, lr, momentum, batch_size, seed, owners, limit, processes)
     settle(run(settings, Show()), folder)

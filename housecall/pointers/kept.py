@@ -38,12 +38,15 @@ class Kept:
         return len(self._values)
 
     def keep(self, slots: tuple[Any, ...], values: list[torch.Tensor]) -> None:
-        """Keep the slots of what came home now, and let go of what came before."""
-        self._values.clear()
+        """Keep the slots of what came home now, and let go of what came before. Small values change nothing: a loss that
+        is fetched after a model does not make it travel again."""
+        came = {}
         for slot, value in zip(slots, values, strict=True):
             if value.nbytes >= LEAST_BYTES and value.is_cpu:
                 copy = torch._lazy_clone(value)
-                self._values[_address(copy)] = type_of(value), copy, slot
+                came[_address(copy)] = type_of(value), copy, slot
+        if came:
+            self._values = came
 
     def slot(self, tensor: torch.Tensor) -> tuple[Any, TensorType] | None:
         """The slot and type of a tensor that is there already, unchanged, with nobody else pointing at it."""

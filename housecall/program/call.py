@@ -5,7 +5,7 @@ the values).
 
     Arg     ::= None | bool | int | float | str | Ref | Complex | Symbol | Items
     Call    ::= outs = op(args, kwargs)
-    Program ::= inputs, calls, outputs
+    Program ::= inputs, calls, outputs, numbers
 
 Outputs are positional, with holes: `convolution_backward` may return `(None, weight, bias)`, and dropping
 the hole would shift every later result by one, silently. A hole is the id 0.
@@ -14,13 +14,27 @@ the hole would shift every later result by one, silently. A hole is the id 0.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
 
 from ..types import Ref, Struct, TensorType
 
-__all__ = ["HOLE", "Arg", "Call", "Complex", "Input", "Items", "Program", "Symbol", "call_text", "refs", "text"]
+__all__ = [
+    "HOLE",
+    "Arg",
+    "Call",
+    "Complex",
+    "Input",
+    "Items",
+    "Program",
+    "Symbol",
+    "call_text",
+    "refs",
+    "text",
+    "with_numbers",
+]
 
 HOLE = 0
 
@@ -58,23 +72,27 @@ class Call(Struct, frozen=True, tag="call", tag_field="t", gc=False):
 
 
 class Input(Struct, frozen=True):
-    """A named input of a program, the id it binds, and its type."""
+    """A named input of a program, the id it binds, and its type. `updates`: the program may change it in place, as a
+    training step does with a parameter; whatever is not marked so can only be read."""
 
     name: str
     id: int
     type: TensorType
+    updates: bool = False
 
 
 class Program(Struct, frozen=True, tag="program", tag_field="t"):
     """A straight-line, single-assignment list of calls with named inputs and outputs.
 
-    `outputs` maps a name to a bound id. `program.check.check` says whether it may run, `program.run.run`
-    runs it, `str` prints it.
+    `outputs` maps a name to a bound id. `numbers` are inputs of another kind, floats that each run is given anew (a
+    learning rate, Adam's bias correction): a `Ref` to one stands where an operator takes a number. No shape depends
+    on them. `program.check.check` says whether it may run, `program.run.run` runs it, `str` prints it.
     """
 
     inputs: tuple[Input, ...]
     calls: tuple[Call, ...]
     outputs: tuple[tuple[str, int], ...]
+    numbers: tuple[tuple[str, int], ...] = ()
 
     @property
     def digest(self) -> str:
@@ -94,14 +112,40 @@ def refs(arg: Arg) -> list[int]:
     return []
 
 
+def with_numbers(program: Program, numbers: Mapping[str, float]) -> Program:
+    """The same program with its numbers in their places, and none to be given. Raises `KeyError` for one that is
+    missing."""
+    if not program.numbers:
+        return program
+    values = {ref: numbers[name] for name, ref in program.numbers}
+
+    def placed(arg: Arg) -> Arg:
+        return values.get(arg.id, arg) if isinstance(arg, Ref) else arg
+
+    calls = tuple(
+        [
+            Call(
+                call.op,
+                tuple(map(placed, call.args)),
+                {name: placed(arg) for name, arg in call.kwargs.items()},
+                call.outs,
+            )
+            for call in program.calls
+        ]
+    )
+    return Program(program.inputs, calls, program.outputs)
+
+
 def text(program: Program) -> str:
-    """`program(inputs) { calls; return outputs }`, names for inputs, `%n` for the rest in order of binding."""
-    names = {item.id: item.name for item in program.inputs}
+    """`program(inputs) { calls; return outputs }`, names for inputs, `%n` for the rest in order of binding. An input
+    that the program changes in place is `updated`."""
+    names = {item.id: item.name for item in program.inputs} | {ref: name for name, ref in program.numbers}
     for call in program.calls:
         for out in call.outs:
             if out != HOLE:
                 names.setdefault(out, f"%{len(names)}")
-    inputs = ", ".join(f"{item.name}: {item.type}" for item in program.inputs)
+    given = [f"{item.name}: {item.type}{' updated' if item.updates else ''}" for item in program.inputs]
+    inputs = ", ".join([*given, *(f"{name}: number" for name, _ in program.numbers)])
     lines = [f"  {call_text(call, names)}" for call in program.calls]
     outputs = ", ".join(f"{name}={names.get(ref, f'%?{ref}')}" for name, ref in program.outputs)
     return "\n".join([f"program({inputs}) {{", *lines, f"  return {outputs}", "}"])

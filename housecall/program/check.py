@@ -1,4 +1,4 @@
-"""Which programs may run: bound once, bound before use, allowed, typed, writing to nothing they were given.
+"""Which programs may run: bound once, bound before use, allowed, typed, writing only to what they say they update.
 
 A walk over data: no torch, no values. Every error names the call by its number and prints it.
 """
@@ -38,11 +38,18 @@ def check(program: Program) -> None:
             raise ProgramError(f"input '{item.name}' binds %{item.id}, which is bound already; bind each id once")
         _check_type(item.name, item.type)
         bound.add(item.id)
+    numbers: set[int] = set()
+    for name, ref in program.numbers:
+        if ref in bound or ref in numbers or ref == HOLE:
+            raise ProgramError(f"number '{name}' binds %{ref}, which is bound already; bind each id once")
+        numbers.add(ref)
     shares = {item.id: {item.id} for item in program.inputs}  # whose storage a value may share
+    updated = {item.id for item in program.inputs if item.updates}
     for number, call in enumerate(program.calls):
         try:
-            check_call(call)
-            _check_binding(call, bound, shares)
+            plain = _without_numbers(call, numbers) if numbers else call
+            check_call(plain)
+            _check_binding(plain, bound, numbers, shares, updated)
         except ProgramError as error:
             raise type(error)(f"call {number}, `{call_text(call)}`: {error}") from None
         bound.update(out for out in call.outs if out != HOLE)
@@ -56,21 +63,43 @@ def _check_type(name: str, type_: TensorType) -> None:
         raise ProgramError(f"input '{name}': {type_} with stride {type_.stride} is no tensor's type")
 
 
-def _check_binding(call: Call, bound: set[int], shares: dict[int, set[int]]) -> None:
+def _without_numbers(call: Call, numbers: set[int]) -> Call:
+    """The call with some number where one of the program's stands. Raises `ProgramError` where none may."""
+    rules = operator(call.op)
+    if rules.name.startswith(("arange", "range")):  # as long as their numbers say
+        numbers = set()
+
+    def placed(arg: Arg) -> Arg:
+        return 0.0 if isinstance(arg, Ref) and arg.id in numbers else arg
+
+    args = tuple([placed(arg) for arg in call.args])
+    return Call(call.op, args, {name: placed(arg) for name, arg in call.kwargs.items()}, call.outs)
+
+
+def _check_binding(
+    call: Call, bound: set[int], numbers: set[int], shares: dict[int, set[int]], updated: set[int]
+) -> None:
     for arg in (*call.args, *call.kwargs.values()):
         for ref in refs(arg):
             if ref not in bound:
                 raise ProgramError(f"%{ref} is used before it is bound")
-    for out in call.outs:
-        if out != HOLE and (out in bound or call.outs.count(out) > 1):
+    fresh = [out for out in call.outs if out != HOLE]
+    for out in fresh if len(set(fresh)) == len(fresh) else call.outs:
+        if out != HOLE and (out in bound or out in numbers or call.outs.count(out) > 1):
             raise ProgramError(f"%{out} is bound already; bind each id once")
     rules = operator(call.op)
     pairs = {param.name: (param, arg) for param, arg in arguments(rules, call)}
     for param, arg in pairs.values():
-        # A stored program that writes to its inputs would leak one run into the next.
-        if param.writes and any(shares.get(ref) for ref in refs(arg)):
+        # A stored program that writes to its inputs would leak one run into the next, unless it says so.
+        given = {root for ref in refs(arg) for root in shares.get(ref, ())} if param.writes else set()
+        if given - updated:
             raise ProgramError(
                 f"'{param.name}' is an input of the program, or a view of one, and would be written; clone it first"
+            )
+        if given and not rules.in_place:
+            raise ProgramError(
+                f"'{param.name}' is an input of the program, or a view of one, and its size might be changed; only "
+                "operators that change elements in place may write to one"
             )
     sources = [pairs[item.view_of][1] for item in rules.returns if item.view_of in pairs]
     roots: set[int] = set()

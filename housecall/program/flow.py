@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ..types import PUBLIC, Label
-from .call import HOLE, Call, Program, refs
+from .call import HOLE, Call, Program, refs, with_numbers
 from .check import arguments, check
 from .ops import Operator, operator
 
@@ -18,16 +18,18 @@ __all__ = ["flow", "label_of", "shows_elements", "written"]
 
 
 def flow(program: Program, labels: Mapping[str, Label]) -> dict[str, Label]:
-    """The labels of a program's outputs, given those of its inputs by name; an input that is not named is public.
+    """The labels of a program's outputs, given those of its inputs by name; an input that is not named is public. So
+    are a program's numbers. An input that the program updates is listed with its label after the run.
 
     Raises `ProgramError` for a program that may not run."""
     check(program)
     walk = _Walk()
     for item in program.inputs:
         walk.bind(item.id, labels.get(item.name, PUBLIC), ())
-    for call in program.calls:
+    for call in with_numbers(program, {name: 0.0 for name, _ in program.numbers}).calls:
         walk.call(call)
-    return {name: walk.label(ref) for name, ref in program.outputs}
+    updated = {item.name: walk.label(item.id) for item in program.inputs if item.updates}
+    return {**updated, **{name: walk.label(ref) for name, ref in program.outputs}}
 
 
 def label_of(call: Call, labels: Mapping[int, Label]) -> Label:

@@ -18,12 +18,12 @@ import torch
 
 from ..errors import ProgramError
 from ..types import Ref, TensorType
-from .call import HOLE, Arg, Call, Complex, Items, Program, Symbol, refs
+from .call import HOLE, Arg, Call, Complex, Items, Program, Symbol, refs, with_numbers
 from .check import check
 from .ops import Return, operator
 from .typing import meta, symbol, type_of
 
-__all__ = ["Randomness", "computing", "execute", "overload", "run", "type_program", "value_of"]
+__all__ = ["Randomness", "computing", "execute", "last_uses", "overload", "run", "type_program", "value_of"]
 
 Values = MutableMapping[int, Any]
 
@@ -195,15 +195,22 @@ def _bind(outs: tuple[int, ...], returns: tuple[Return, ...], result: Any, value
 
 
 def run(
-    program: Program, inputs: Mapping[str, torch.Tensor], randomness: Randomness | None = None
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    randomness: Randomness | None = None,
+    numbers: Mapping[str, float] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Check and run a program on named tensors; each value is freed after its last use."""
+    """Check and run a program on named tensors and numbers; each value is freed after its last use. Inputs that it
+    updates are changed in place."""
     check(program)
+    numbers = numbers or {}
     missing = [item.name for item in program.inputs if item.name not in inputs]
+    missing += [name for name, _ in program.numbers if name not in numbers]
     if missing:
         raise ProgramError(f"no value for the input(s) {', '.join(missing)}")
+    program = with_numbers(program, numbers)
     values: Values = {item.id: inputs[item.name] for item in program.inputs}
-    last = _last_uses(program)
+    last = last_uses(program)
     for number, call in enumerate(program.calls):
         execute(call, values, randomness)
         for dead in last.get(number, ()):
@@ -211,7 +218,7 @@ def run(
     return {name: values[ref] for name, ref in program.outputs}
 
 
-def _last_uses(program: Program) -> dict[int, list[int]]:
+def last_uses(program: Program) -> dict[int, list[int]]:
     """Call number -> the ids that nothing reads after it."""
     kept = {ref for _, ref in program.outputs}
     last: dict[int, int] = {}
@@ -229,5 +236,6 @@ def _last_uses(program: Program) -> dict[int, list[int]]:
 def type_program(program: Program) -> dict[str, TensorType]:
     """The types of a program's outputs, found by running it on meta tensors: nothing is computed."""
     inputs = {item.name: meta(item.type) for item in program.inputs}
-    types = {name: type_of(value) for name, value in run(program, inputs).items()}
+    numbers = {name: 0.0 for name, _ in program.numbers}
+    types = {name: type_of(value) for name, value in run(program, inputs, None, numbers).items()}
     return {name: msgspec.structs.replace(type_, device="cpu") for name, type_ in types.items()}
