@@ -123,7 +123,7 @@ def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
     else:
         for name in ("_slot", "_spec", "_is_param", "_id", "_home_class"):
             tensor.__dict__.pop(name, None)
-        other._slot, other._spec = slot, given  # type: ignore[attr-defined]  # it holds the pointer now
+        other._slot, other._spec = _MOVED, given  # type: ignore[attr-defined]  # a graph may hold it; nobody else does
     if _shared(other) and other.requires_grad and other.is_leaf:
         other.register_hook(_stale)
 
@@ -138,11 +138,26 @@ def _plain_class(pointer: torch.Tensor) -> type[torch.Tensor]:
     return nn.Parameter if getattr(pointer, "_is_param", False) else torch.Tensor
 
 
+_STALE = (
+    "backward through a module that has moved since its forward: call loss.backward() before the next model.get() or "
+    "model.send()"
+)
+
+
+class _Moved:
+    """Stands where the slot was, in what an old graph still holds of a module that came home: the slot itself must not
+    outlive the visit because of it."""
+
+    @property
+    def session(self) -> NoReturn:
+        raise UsageError(_STALE)
+
+
+_MOVED = _Moved()
+
+
 def _stale(grad: Any) -> NoReturn:
-    raise UsageError(
-        "backward through a module that has moved since its forward: call loss.backward() "
-        "before the next model.get() or model.send()"
-    )
+    raise UsageError(_STALE)
 
 
 def _with_first_state(part: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
