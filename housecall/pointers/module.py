@@ -14,7 +14,6 @@ here. So while such a module is away a forward pre-hook of its own gives it zero
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -33,7 +32,8 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
 
     Nothing waits. Raises `UsageError` if any of them is at a worker already."""
     session = session_of(location)
-    tensors = list(_tensors(module))
+    parts = _parts(module)
+    tensors = _tensors(parts)
     for tensor in tensors:
         if isinstance(tensor, PointerTensor):
             raise UsageError(
@@ -42,29 +42,31 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
     site = caller()
     for tensor in tensors:
         _exchange(tensor, sent(session, tensor, site))
-    for part in module.modules():
-        if isinstance(part, nn.RNNBase | nn.RNNCellBase):
+    for part in parts:
+        if isinstance(part, _RECURRENT):
             part.register_forward_pre_hook(_with_first_state)
     return module
 
 
 def get_module(module: nn.Module) -> nn.Module:
     """Bring every parameter and buffer home, with their gradients, in one round trip; return the module."""
-    pointers = [tensor for tensor in _tensors(module) if isinstance(tensor, PointerTensor)]
+    parts = _parts(module)
+    pointers = [tensor for tensor in _tensors(parts) if isinstance(tensor, PointerTensor)]
     if not pointers:
         raise UsageError("this module is at home already: .send(worker) it first")
     for session in sessions_of(pointers):
         _bring_home(session, [pointer for pointer in pointers if pointer._slot.session is session])
-    for part in module.modules():
-        for key, hook in list(part._forward_pre_hooks.items()):
-            if hook is _with_first_state:
-                del part._forward_pre_hooks[key]
+    for part in parts:
+        if isinstance(part, _RECURRENT):
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if hook is _with_first_state:
+                    del part._forward_pre_hooks[key]
     return module
 
 
 def request_module(module: nn.Module, reason: str) -> OwnersAnswer:
     """Ask the worker's owner to let parameters and buffers out, once, as they are now; gradients are not asked for."""
-    pointers = [tensor for tensor in _tensors(module) if isinstance(tensor, PointerTensor)]
+    pointers = [tensor for tensor in _tensors(_parts(module)) if isinstance(tensor, PointerTensor)]
     sessions = sessions_of(pointers)
     if len(sessions) != 1:
         raise UsageError("this module is at home, or at several workers: .send(worker) it to one, and ask there")
@@ -73,19 +75,30 @@ def request_module(module: nn.Module, reason: str) -> OwnersAnswer:
 
 def module_location(module: nn.Module) -> Any:
     """The worker where the module is, `None` at home."""
-    for session in sessions_of(_tensors(module)):
+    for session in sessions_of(_tensors(_parts(module))):
         return session.location
     return None
 
 
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """The module and all within it, each once. As `Module.modules`, which spends most of its time on names."""
+    found, seen = [module], {id(module)}
+    for part in found:  # grows while it is walked
+        for child in part._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
+def _tensors(parts: list[nn.Module]) -> list[torch.Tensor]:
     """Parameters and buffers, each once, however often it is shared."""
-    seen: set[int] = set()
-    for part in module.modules():
+    found: dict[int, torch.Tensor] = {}
+    for part in parts:
         for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
+            if tensor is not None:
+                found[id(tensor)] = tensor
+    return list(found.values())
 
 
 def _bring_home(session: Session, pointers: list[PointerTensor]) -> None:
@@ -137,6 +150,8 @@ def _plain_class(pointer: torch.Tensor) -> type[torch.Tensor]:
     """What a pointer that never was at home (a deep copy made at the worker) becomes there."""
     return nn.Parameter if getattr(pointer, "_is_param", False) else torch.Tensor
 
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 _STALE = (
     "backward through a module that has moved since its forward: call loss.backward() before the next model.get() or "

@@ -96,7 +96,7 @@ def _check_binding(
             raise ProgramError(
                 f"'{param.name}' is an input of the program, or a view of one, and would be written; clone it first"
             )
-        if given and not rules.in_place:
+        if given and (rules.reshapes or not rules.in_place):
             raise ProgramError(
                 f"'{param.name}' is an input of the program, or a view of one, and its size might be changed; only "
                 "operators that change elements in place may write to one"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from ..program.call import Call
+from ..program.call import Call, Program
 from ..types import Struct, TensorType
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Clear",
     "Column",
     "Control",
+    "Define",
     "Describe",
     "Drop",
     "Failure",
@@ -41,6 +42,7 @@ __all__ = [
     "Request",
     "Requested",
     "Result",
+    "Run",
     "Search",
     "Seed",
     "Status",
@@ -79,6 +81,23 @@ class Put(Struct, frozen=True, tag="put", tag_field="t"):
 
     id: int
     value: Array
+
+
+class Define(Struct, frozen=True, tag="define", tag_field="t"):
+    """Keep a program for this session, to be run by its digest. One that `program.check` refuses is not kept."""
+
+    program: Program
+
+
+class Run(Struct, frozen=True, tag="run", tag_field="t"):
+    """Run a program that was defined: `inputs` are slots in the order of its inputs, `outs` new ids in the order of its
+    outputs, `numbers` in the order of its numbers. Inputs that it updates are changed in place. If it fails, no output
+    is bound, and the failure says whether inputs were changed already."""
+
+    digest: str
+    inputs: tuple[int, ...]
+    outs: tuple[int, ...]
+    numbers: tuple[float, ...] = ()
 
 
 class Drop(Struct, frozen=True, tag="drop", tag_field="t", gc=False):
@@ -150,7 +169,9 @@ class Status(Struct, frozen=True, tag="status", tag_field="t"):
     request: str
 
 
-Message = Request | Status | Put | Call | Drop | Fetch | Describe | Seed | Tag | Search | Clear | Open | Load
+Message = (
+    Request | Status | Put | Call | Define | Run | Drop | Fetch | Describe | Seed | Tag | Search | Clear | Open | Load
+)
 
 
 class Frame(Struct, frozen=True):
