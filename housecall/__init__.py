@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .errors import (
         IdentityError as IdentityError,
     )
+    from .errors import (
+        LedgerError as LedgerError,
+    )
     from .errors import LimitError as LimitError
     from .errors import (
         OperatorError as OperatorError,
@@ -73,6 +76,7 @@ _HOME = {
     "HousecallError": "errors",
     "Identity": "identity.certificate",
     "IdentityError": "errors",
+    "LedgerError": "errors",
     "LimitError": "errors",
     "LocalCluster": "cluster",
     "MNIST": "datasets",

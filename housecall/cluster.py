@@ -22,12 +22,18 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
+import torch
 
 from .errors import UsageError, WorkerGone
 from .identity.authority import Authority
 from .identity.certificate import Identity
 from .remote import RemoteWorker, reach
+from .sandbox.environment import born_clean
+from .worker.catalogue import Catalogue
 from .worker.config import Config
+from .worker.policies import POLICY_FOLDER, draft, sign
+from .worker.policy import Policy
+from .worker.signing import OwnerKey
 
 __all__ = ["ClusterWorker", "LocalCluster"]
 
@@ -37,10 +43,31 @@ START_S = 60.0
 class ClusterWorker(RemoteWorker):
     """A worker of a `LocalCluster`. `pid` is its process."""
 
-    def __init__(self, pid: int, address: str, identity: Identity, **options: Any) -> None:
+    def __init__(self, pid: int, folder: Path, address: str, identity: Identity, **options: Any) -> None:
         url = f"grpcs://{address}"
         super().__init__(reach(url, identity), url, **options)
         self.pid = pid
+        self.folder = folder
+
+    def add(
+        self,
+        name: str,
+        *,
+        tags: Sequence[str] = (),
+        description: str = "",
+        policy: Policy | None = None,
+        replace: bool = False,
+        **columns: torch.Tensor,
+    ) -> None:
+        """Register a data set, as the worker's owner would: see `VirtualWorker.add`. Its policy is signed with the key
+        in the worker's folder, and without one nobody may use it."""
+        Catalogue(self.folder).add(name, columns, tags, description, replace=replace)
+        if policy is not None:
+            key = OwnerKey.load(self.folder)
+            file = self.folder / POLICY_FOLDER / f"{name}.toml"
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            file.write_text(policy.text())
+            sign(self.folder, draft(self.folder, name, key.public), key)
 
     def __repr__(self) -> str:
         return f"<ClusterWorker id:{self.id} pid:{self.pid} at {self.address}>"
@@ -78,8 +105,10 @@ class LocalCluster:
             self._processes = [self._started(name, int(settings["threads"])) for name in names]
             addresses = [self._address(process) for process in self._processes]
             self.workers = tuple(
-                ClusterWorker(process.pid, address, self.identity, synchronous=synchronous, patience=patience)
-                for process, address in zip(self._processes, addresses, strict=True)
+                ClusterWorker(
+                    process.pid, self.folder / name, address, self.identity, synchronous=synchronous, patience=patience
+                )
+                for process, name, address in zip(self._processes, names, addresses, strict=True)
             )
         except BaseException:
             self.close()
@@ -136,6 +165,7 @@ class LocalCluster:
         text = msgspec.toml.encode({"name": name, "listen": "127.0.0.1:0", **settings}).decode()
         Config.parse(text, "LocalCluster")
         (folder / "worker.toml").write_text(text)
+        OwnerKey.create(folder)
         authority.identity(name, "worker", ("127.0.0.1", "localhost")).save(folder / "identity")
 
     def _started(self, name: str, threads: int) -> subprocess.Popen[bytes]:
@@ -143,7 +173,7 @@ class LocalCluster:
         quiet = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with (self.folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(  # noqa: S603  # this package, in words of its own
-                command, stdout=subprocess.PIPE, stderr=log, env={**os.environ, **quiet}
+                command, stdout=subprocess.PIPE, stderr=log, env=born_clean({**os.environ, **quiet})
             )
 
     def _address(self, process: subprocess.Popen[bytes]) -> str:

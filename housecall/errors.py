@@ -13,6 +13,7 @@
     ├── WorkerGone (ConnectionError)       a worker that cannot answer any more
     ├── IdentityError                      who somebody is was not shown, or is refused
     ├── PolicyError (ValueError)           an owner's rule, key or approval that is missing, damaged or another's
+    ├── LedgerError                        a ledger that is damaged, or cannot be written: nothing leaves
     └── DataError                          a data set that is missing, damaged or unfit
 
 A message says which thing, what was found, what was expected, and what to do next.
@@ -25,6 +26,7 @@ __all__ = [
     "DataError",
     "HousecallError",
     "IdentityError",
+    "LedgerError",
     "LimitError",
     "OperatorError",
     "PlaceError",
@@ -98,6 +100,10 @@ class IdentityError(HousecallError):
 
 class PolicyError(HousecallError, ValueError):
     """An owner's rule, key or approval that is missing, damaged, over, or not the owner's."""
+
+
+class LedgerError(HousecallError):
+    """A ledger that was changed, cut or damaged, or that cannot be written. What must be in it first does not happen."""
 
 
 class DataError(HousecallError):

@@ -5,6 +5,7 @@
 
 `housecall worker up` runs one in the foreground, `LocalCluster` some in the background; `python -m housecall.service
 FOLDER` is what both start. SIGTERM and Ctrl-C drain it: no new sessions, what has come is done and answered.
+Its process enters the sandbox first (`confine`), and starts itself anew for that if it was not born clean.
 """
 
 from __future__ import annotations
@@ -29,16 +30,23 @@ import torch
 from . import __version__
 from .errors import HousecallError, IdentityError
 from .identity.certificate import Principal, principal, server_credentials, utc_now
+from .identity.enrolment import authority_url
 from .identity.keeper import Keeper
 from .identity.revocation import Revocations
+from .sandbox.environment import begin_again
+from .sandbox.process import Needs, enter
+from .sandbox.report import Report
 from .transport.grpc import Address, Listener, is_loopback
 from .worker.catalogue import Catalogue
 from .worker.config import Config
+from .worker.gate import Gate
 from .worker.host import Host
 from .worker.limits import Limits
+from .worker.owner import gate_of
+from .worker.signing import PUBLIC_FILE
 from .worker.worker import Worker
 
-__all__ = ["STATUS_FILE", "Service", "main", "run"]
+__all__ = ["STATUS_FILE", "Service", "confine", "main", "run"]
 
 STATUS_FILE = "status.json"
 DRAIN_S = 20.0  # how long the end may take: as long as most supervisors wait before they kill
@@ -51,10 +59,19 @@ class Service:
 
     `listen` stands in for the folder's own address ("HOST:PORT", port 0 for any); `plaintext` serves without TLS to
     anyone who can connect, `anonymous` by name: only on this machine, unless `plaintext` is said of another address
-    on purpose. Raises `UsageError` or `IdentityError` for a folder that cannot be served."""
+    on purpose. `sandbox` is what `confine` gave, for the status. Raises
+    `UsageError` or `IdentityError` for a folder that cannot be served."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, listen: str = "", plaintext: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        listen: str = "",
+        plaintext: bool = False,
+        sandbox: Report | None = None,
+    ) -> None:
         self.folder = Path(folder)
+        self.sandbox = sandbox
         self.config = config = Config.load(self.folder)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)))
         self.catalogue = Catalogue(self.folder)
@@ -64,7 +81,9 @@ class Service:
         where = Address(host.strip("[]"), int(port), secure=not plaintext)
         torch.set_num_threads(self.threads)
         self.host = Host(
-            Worker(config.name, _limits(config), catalogue=self.catalogue, device=config.device),
+            Worker(
+                config.name, _limits(config), catalogue=self.catalogue, gate=_gate(self.folder), device=config.device
+            ),
             threads=self.threads,
             lease_s=config.lease_s,
             frame_bytes=config.limits.frame_mb * 1_000_000,
@@ -128,6 +147,7 @@ class Service:
             ],
             "busy_s": round(self.host.turns.busy_s, 3),
             "counters": dict(self.host.counters),
+            "sandbox": [one._asdict() for one in self.sandbox.protections] if self.sandbox is not None else [],
         }
 
     def write_status(self) -> None:
@@ -147,6 +167,14 @@ class Service:
         return done
 
 
+def _gate(folder: Path) -> Gate:
+    """What the owner signed in the folder; one without an owner's key denies everything."""
+    if not (folder / PUBLIC_FILE).exists():
+        log.warning("no owner's key in %s: nothing of its data may be used (`housecall worker init` makes one)", folder)
+        return Gate()
+    return gate_of(folder)
+
+
 def _limits(config: Config) -> Limits:
     """The limits of worker.toml, in the worker's own units."""
     given = config.limits
@@ -157,6 +185,32 @@ def _limits(config: Config) -> Limits:
         compute_s=given.compute_s,
         reply_bytes=given.frame_mb * 1_000_000,
     )
+
+
+def confine(folder: Path, *, listen: str = "", plaintext: bool = False, ports: tuple[int, ...] = ()) -> Report:
+    """Have this process, for good, do no more than the worker of `folder` needs; `ports`: where else it listens.
+
+    Called before data is read and before there are threads. What is not to be had is a warning in the log, or with
+    `strict = true` a `UsageError`."""
+    folder = folder.resolve()
+    config = Config.load(folder)
+    keys, revoked = folder / config.identity.folder, (folder / config.identity.crl).parent
+    report = enter(
+        Needs(
+            folder,
+            writes=(keys,),
+            reads=() if revoked.is_relative_to(folder) else (revoked,),
+            ports=(int((listen or config.listen).rpartition(":")[2]), *ports),
+            authority="" if plaintext else authority_url(keys),
+            memory_mb=config.sandbox.memory_mb,
+            network=config.sandbox.network == "listen",
+            cuda=config.device.startswith("cuda"),
+        )
+    )
+    report.log(log)
+    if config.sandbox.strict:
+        report.demand()
+    return report
 
 
 def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -> None:
@@ -192,10 +246,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plaintext", action="store_true", help="without TLS")
     parser.add_argument("--parent", type=int, default=0, help="end when this process is no longer the parent")
     given = parser.parse_args(arguments)
+    begin_again()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     keep_memory()
+    folder = Path(given.folder).resolve()
     try:
-        service = Service(given.folder, listen=given.listen, plaintext=given.plaintext)
+        sandbox = confine(folder, listen=given.listen, plaintext=given.plaintext)
+        service = Service(folder, listen=given.listen, plaintext=given.plaintext, sandbox=sandbox)
     except HousecallError as error:
         sys.stderr.write(f"housecall: {error}\n")
         return 1

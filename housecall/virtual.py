@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from .errors import UsageError
 from .pointers.location import Location
 from .pointers.session import Session
 from .transport.memory import MemoryTransport
-from .worker.gate import Gate
+from .worker.owner import Owner
 from .worker.policy import DENY, Policy
 from .worker.worker import Worker
 
@@ -28,11 +29,17 @@ class VirtualWorker(Location):
     def __init__(self, hook: Any = None, id: str = "worker", *, synchronous: bool = False, codec: bool = False) -> None:
         if not isinstance(id, str) or not id:
             raise UsageError(f"a worker's id is a name such as 'clinic', found {id!r}")
-        self._policies: dict[str, Policy] = {}
-        self.worker = Worker(id, gate=Gate(lambda: self._policies))
+        self.worker = Worker(id)
         self._door = self.worker.open("me")
         transport = MemoryTransport(self._door, name=id, codec=codec)
         super().__init__(id, Session(transport, self, synchronous=synchronous))
+
+    @functools.cached_property
+    def owner(self) -> Owner:
+        """The owner of this worker's data, since she is here: her policies, requests and ledger."""
+        owner = Owner()
+        self.worker.gate = owner.gate
+        return owner
 
     def add(
         self,
@@ -50,7 +57,7 @@ class VirtualWorker(Location):
         says who may use it and what may leave, and without one nobody may. Raises `DataError` or `UsageError` for what
         cannot be a data set."""
         self.worker.catalogue.register(name, columns, tags, description, replace=replace)
-        self._policies[name] = DENY if policy is None else policy
+        self.owner.policies.register(name, DENY if policy is None else policy)
 
     @property
     def _objects(self) -> dict[int, torch.Tensor]:

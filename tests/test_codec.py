@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from housecall.errors import CodecError, ProtocolError
-from housecall.program.call import Call, Complex, Items, Symbol
+from housecall.program.call import Call, Complex, Input, Items, Program, Symbol
 from housecall.program.typing import DTYPES, type_of
 from housecall.transport.arrays import pack, unpack
 from housecall.transport.parcel import Assembler, packed
@@ -25,6 +25,7 @@ from housecall.wire.messages import (
     Array,
     Clear,
     Column,
+    Define,
     Describe,
     Drop,
     Failure,
@@ -38,9 +39,13 @@ from housecall.wire.messages import (
     Owned,
     Put,
     Reply,
+    Request,
+    Requested,
     Result,
+    Run,
     Search,
     Seed,
+    Status,
     Tag,
     Types,
     Value,
@@ -212,7 +217,8 @@ def test_what_arrives_is_its_own() -> None:
 
 # -- messages ---------------------------------------------------------------------------------------------
 
-ARRAY = Array(TensorType("float32", (2,), (1,)), b"\0" * 8)
+TYPE = TensorType("float32", (2,), (1,))
+ARRAY = Array(TYPE, b"\0" * 8)
 FAILURE = Failure(3, 4, "mm.default", "RuntimeError: no", writes=True)
 CALL = Call(
     "op.overload",
@@ -234,6 +240,10 @@ MESSAGES: tuple[Message, ...] = (
     Clear(),
     Open("heart"),
     Load("heart", (8, 9)),
+    Define(Program((Input("x", 1, TYPE, updates=True),), (CALL,), (("y", 6),), (("lr", 2),))),
+    Run("5f" * 32, (1,), (8,), (0.5,)),
+    Request((6,), "for the paper"),
+    Status("request-1"),
 )
 OWNED = Owned("heart", (Column("x", "float32", (13,)), Column("y", "int64", ())), 2**40, ("#heart",), "of Cleveland")
 RESULTS = (
@@ -242,6 +252,7 @@ RESULTS = (
     Found((Info(1, TensorType("complex64", (2, 3), (3, 1), 4, "cuda:0", conj=True, neg=True), ("#a",), "words"),)),
     Found(()),
     Found((), (OWNED, OWNED)),
+    Requested("request-1", "denied", "not for this"),
 )
 
 
@@ -460,7 +471,7 @@ def places(tree: Any) -> Iterator[list[Any]]:
 
 def structs(tree: list[Any]) -> list[list[Any]]:
     """The lists that are a struct's fields, not a sequence: they begin with a tag or, for columns, a name."""
-    tags = {"array", "complex", "failure", "info", "items", "owned", "ref", "symbol", "type", "x", "y"}
+    tags = {"array", "complex", "failure", "info", "items", "owned", "program", "ref", "symbol", "type", "x", "y"}
     tags |= {one.__struct_config__.tag for one in (*Message.__args__, *Result.__args__)}  # type: ignore[attr-defined]
     return [node for node in places(tree) if node is tree or (node and isinstance(node[0], str) and node[0] in tags)]
 
@@ -474,7 +485,7 @@ def test_one_field_too_many_is_refused_wherever_it_stands(body: Any) -> None:
     for number in range(count):
         tree = msgspec.msgpack.decode(good)
         structs(tree)[number].append(None)
-        assert "Expected `array` of at most length" in refused(msgspec.msgpack.encode(tree), body)
+        assert "Expected `array` of " in refused(msgspec.msgpack.encode(tree), body)
 
 
 @pytest.mark.parametrize(

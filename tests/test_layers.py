@@ -20,6 +20,7 @@ BELOW = {
     "errors": set(),
     "datasets": {"errors"},
     "identity": {"errors"},
+    "sandbox": {"errors"},
     "program": {"types", "errors"},
     "wire": {"program", "types", "errors"},
     "transport": {"wire", "program", "types", "errors"},
@@ -28,12 +29,14 @@ BELOW = {
     "virtual": {"pointers", "worker", "transport", "wire", "program", "types", "errors"},
     "remote": {"pointers", "identity", "transport", "wire", "program", "types", "errors", ""},
     "metrics": set(),
-    "service": {"worker", "identity", "transport", "wire", "program", "types", "errors", ""},
-    "cluster": {"remote", "pointers", "worker", "identity", "transport", "wire", "program", "types", "errors"},
+    "service": {"worker", "identity", "sandbox", "transport", "wire", "program", "types", "errors", ""},
+    "cluster": {
+        "remote", "pointers", "worker", "identity", "sandbox", "transport", "wire", "program", "types", "errors",
+    },
     "testing": {"remote", "pointers", "worker", "identity", "transport", "wire", "program", "types", "errors"},
     "cli": {
         "virtual", "remote", "metrics", "service", "cluster", "pointers", "worker", "identity", "transport", "wire",
-        "program", "types", "errors", "datasets", "",
+        "program", "types", "errors", "datasets", "sandbox", "",
     },
 }  # fmt: skip
 TORCH_IN_PROGRAM = {"program/forecast.py", "program/outcome.py", "program/run.py", "program/typing.py"}

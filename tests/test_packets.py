@@ -22,7 +22,7 @@ import torch
 from streams import memory_dial
 
 from housecall.errors import CodecError, ProtocolError, WorkerGone
-from housecall.program.call import Call, Complex, Items, Symbol
+from housecall.program.call import Call, Complex, Input, Items, Program, Symbol
 from housecall.program.typing import type_of
 from housecall.transport import parcel
 from housecall.transport.parcel import Assembler, packed
@@ -36,6 +36,7 @@ from housecall.wire.messages import (
     Bye,
     Clear,
     Control,
+    Define,
     Describe,
     Drop,
     Failure,
@@ -49,8 +50,12 @@ from housecall.wire.messages import (
     Put,
     Refused,
     Reply,
+    Request,
+    Requested,
+    Run,
     Search,
     Seed,
+    Status,
     Tag,
     Types,
     Value,
@@ -88,18 +93,34 @@ CALL = Call(
     (3, 0),
 )
 FAILURE = Failure(1, 0, "add.Tensor", "RuntimeError: no", writes=False)
+PROGRAM = Program(
+    (Input("x", 1, TensorType("float32", (2,), (1,))),), (Call("mul.Scalar", (Ref(1), Ref(2)), {}, (3,)),), (("y", 3),),
+    (("lr", 2),),
+)  # fmt: skip
 FRAMES = (
     Frame(1, (Put(1, tensor(3, 5)), CALL, Fetch((3,)), Drop(1))),
     Frame(1, (Put(1, tensor(2)), Put(2, tensor(40, dtype=torch.bool)), Put(3, Array(None, torch.ones(1).expand(9))))),
     Frame(
         1, (Seed(tensor(20, dtype=torch.uint8)), Put(1, Array(None, torch.ones(4, 4, dtype=torch.complex64).conj())))
     ),
+    Frame(
+        1,
+        (
+            Put(1, tensor(2)),
+            Define(PROGRAM),
+            Run(PROGRAM.digest, (1,), (5,), (0.5,)),
+            Fetch((5,)),
+            Request((5,), "why"),
+            Status("x"),
+        ),
+    ),
     Frame(1, (Describe((1,)), Tag(1, ("#a",), "mice"), Search(("#a",)), Clear(), Open("heart"), Load("heart", (5, 6)))),
 )
 REPLIES = (
     Reply(1, (Value((tensor(3, 5), FAILURE, tensor(0, 2), tensor(2, dtype=torch.bfloat16))),), (FAILURE,)),
-    Reply(1, (Types((TensorType("float32", (2,), (1,)), None)), Value((tensor(33).data.t(),) and (tensor(33),))), ()),
+    Reply(1, (Types((TensorType("float32", (2,), (1,)), None)), Value((tensor(33),))), ()),
     Reply(1, (Found((Info(1, TensorType("float32", (2,), (1,)), ("#a",), "mice"),)),), ()),
+    Reply(1, (Requested("x", "denied", "no"), Types((FAILURE,))), ()),
 )  # fmt: skip
 SAMPLES: list[tuple[Any, Packets]] = [(type(body), cut(body)) for body in (*FRAMES, *REPLIES)]
 
@@ -583,7 +604,6 @@ def test_who_breaks_the_protocol_loses_the_session(breach: str, host: Host) -> N
     assert host.seats == ()
 
 
-@pytest.mark.xfail(strict=True, reason="Host._greet: a seat whose hello is refused is kept for ever, without a lease")
 def test_a_refused_hello_leaves_no_seat(host: Host, clock: Clock) -> None:
     (said,) = host.serve(iter([control(Hello(PROTOCOL, "", 5, "x"))]), "mallory")
     assert isinstance(read_control(said), Refused)

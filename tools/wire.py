@@ -15,7 +15,7 @@ from typing import Any, get_args
 import msgspec
 import torch
 
-from housecall.program.call import Arg, Call, Complex, Items, Symbol
+from housecall.program.call import Arg, Call, Complex, Input, Items, Program, Symbol
 from housecall.transport import grpc, stream
 from housecall.transport.parcel import INLINE, MAX_BLOB_BYTES, packed
 from housecall.types import Ref, TensorType
@@ -47,9 +47,16 @@ from housecall.worker.host import Host
 PAGE = Path(__file__).parent.parent / "docs" / "wire.md"
 
 # What a message is answered by, in `Reply.results`. A message that is not listed asks for nothing.
-ANSWERS = {"Fetch": "`Value`", "Describe": "`Types`", "Search": "`Found`", "Open": "`Found`"}
+ANSWERS = {
+    "Fetch": "`Value`",
+    "Describe": "`Types`",
+    "Search": "`Found`",
+    "Open": "`Found`",
+    "Request": "`Requested`",
+    "Status": "`Requested`",
+}
 SENDERS = {"Hello": "client", "Welcome": "worker", "Refused": "worker", "Ack": "client; worker may", "Bye": "client"}
-PARTS = (Array, Blob, TensorType, Ref, Complex, Symbol, Items, Failure, Info, Owned, Column)
+PARTS = (Array, Blob, TensorType, Ref, Complex, Symbol, Items, Program, Input, Failure, Info, Owned, Column)
 CODES = {
     "version": "`Hello.version` is not the worker's; `reason` says which is",
     "identity": "the certificate was revoked or has expired: at the beginning, or at any frame",

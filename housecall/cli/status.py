@@ -6,11 +6,13 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError
@@ -73,6 +75,8 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         f"{counters['sessions']:,} sessions opened, {counters['resumed']:,} resumed, {counters['expired']:,} expired, "
         f"{counters['refused']:,} refused"
     )
+    for line in _sandbox(found.get("sandbox", ())):
+        console.print(line)
     if not found["sessions"]:
         console.print("no sessions now")
         return
@@ -87,6 +91,18 @@ def _show(console: Console, found: dict[str, Any]) -> None:
             f"{session['waiting']:,}",
         )
     console.print(table)
+
+
+def _sandbox(protections: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line of what is in force, and one for each protection that is not."""
+    if not protections:
+        yield "sandbox: [red]none[/red], it was not started by `housecall worker up`"
+        return
+    active = ", ".join(one["name"] for one in protections if one["active"])
+    yield f"sandbox: {active or '[red]none[/red]'}"
+    for one in protections:
+        if not one["active"]:
+            yield f"[red]not in force: {one['name']}[/red]: {escape(one['detail'])}"
 
 
 def _lasting(seconds: float) -> str:

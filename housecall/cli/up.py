@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from ..errors import UsageError
+from ..sandbox.environment import begin_again
 from .worker import Folder, worker_folder
 
 if TYPE_CHECKING:
@@ -28,12 +29,16 @@ def up(
     metrics: Annotated[str, typer.Option(help="HOST:PORT to answer Prometheus at; needs housecall[metrics].")] = "",
 ) -> None:
     """Run the worker until Ctrl-C; then what has come is done and answered."""
-    from ..service import Service, keep_memory, run  # torch is imported here, so that --help stays quick
+    place, where = worker_folder(folder).resolve(), _address(metrics)
+    begin_again()
+    from ..service import Service, confine, keep_memory, run  # torch is imported here, so that --help stays quick
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     keep_memory()
-    service = Service(worker_folder(folder), listen=listen, plaintext=plaintext)
-    end_metrics = _metrics(service, metrics)
+    ports = () if where is None else (where[1],)
+    sandbox = confine(place, listen=listen, plaintext=plaintext, ports=ports)
+    service = Service(place, listen=listen, plaintext=plaintext, sandbox=sandbox)
+    end_metrics = _metrics(service, where)
     console = Console(stderr=True)
     console.print(Panel(_described(service), title=f"worker [b]{service.config.name}[/b]", expand=False))
     try:
@@ -43,17 +48,23 @@ def up(
     console.print("ended: what had come was done")
 
 
-def _metrics(service: Service, where: str) -> Callable[[], None]:
+def _address(where: str) -> tuple[str, int] | None:
     if not where:
-        return lambda: None
+        return None
     host, _, port = where.rpartition(":")
     if not host or not port.isdigit():
         raise UsageError(f"--metrics takes HOST:PORT, such as 127.0.0.1:9464; found {where!r}")
+    return host, int(port)
+
+
+def _metrics(service: Service, where: tuple[str, int] | None) -> Callable[[], None]:
+    if where is None:
+        return lambda: None
     try:
         from ..metrics import serve_metrics  # its dependency is an extra
     except ImportError:
         raise UsageError("--metrics needs prometheus-client: pip install 'housecall[metrics]'") from None
-    return serve_metrics(service.status, host, int(port))
+    return serve_metrics(service.status, *where)
 
 
 def _described(service: Service) -> str:
@@ -63,7 +74,15 @@ def _described(service: Service) -> str:
         "over TLS    mutual" if where.secure else "over TLS    [red]no: whoever reaches it may do everything[/red]",
         f"computes    with {service.threads} threads, on {service.config.device}",
         f"data sets   {', '.join(service.catalogue.names()) or 'none yet: housecall worker add'}",
+        f"sandbox     {_sandbox(service)}",
         f"keeps       a session whose client is gone for {service.config.lease_s:g} s",
         "Ctrl-C ends it; `housecall worker status` in another terminal shows its sessions",
     ]
     return "\n".join(lines)
+
+
+def _sandbox(service: Service) -> str:
+    missing = () if service.sandbox is None else service.sandbox.missing
+    if not missing:
+        return "all protections in force: housecall worker status"
+    return f"[red]not in force: {', '.join(one.name for one in missing)}[/red]; the log says why"

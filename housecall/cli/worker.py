@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..identity.enrolment import join
 from ..identity.invitation import Invitation
 from ..worker.config import CONFIG_FILE, Config
+from ..worker.signing import OwnerKey
 
 __all__ = ["Folder", "app", "worker_folder"]
 
@@ -41,6 +42,8 @@ def init(
     invited = Invitation.load(invitation) if invitation is not None else None
     config = Config.create(place, name, listen)
     typer.echo(f"Worker '{config.name}' is in {place}, and will listen at {config.listen}. Its settings: {CONFIG_FILE}")
+    OwnerKey.create(place)
+    typer.echo("owner.key signs what you decide about your data: keep it, and keep it to yourself")
     keys = place / config.identity.folder
     if invited is not None:
         made = join(invited, keys)

@@ -18,13 +18,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import UsageError
 from .request import OwnersAnswer, ask_owner
 from .session import Session, caller
 from .tensor import PointerTensor, sent, session_of, sessions_of
 
-__all__ = ["get_module", "module_location", "request_module", "send_module"]
+__all__ = ["get_module", "give_first_states", "module_location", "request_module", "send_module"]
 
 
 def send_module(module: nn.Module, location: Any) -> nn.Module:
@@ -42,10 +43,18 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
     site = caller()
     for tensor in tensors:
         _exchange(tensor, sent(session, tensor, site))
-    for part in parts:
-        if isinstance(part, _RECURRENT):
-            part.register_forward_pre_hook(_with_first_state)
+    give_first_states(parts)
     return module
+
+
+def give_first_states(parts: Iterable[nn.Module]) -> list[RemovableHandle]:
+    """Let the recurrent ones of these make their first states at the worker: NOTE [First states]. What undoes it."""
+    return [
+        part.register_forward_pre_hook(_with_first_state)
+        for part in parts
+        if isinstance(part, _RECURRENT)
+        and not any(hook is _with_first_state for hook in part._forward_pre_hooks.values())
+    ]
 
 
 def get_module(module: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from types import CodeType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
@@ -36,13 +36,28 @@ from ..program.call import Call, Items, refs
 from ..program.typing import type_of
 from ..transport.arrays import share
 from ..types import Ref, TensorType, Transport
-from ..wire.messages import Array, Describe, Drop, Failure, Fetch, Frame, Message, Put, Reply, Result, Seed
+from ..wire.messages import (
+    Array,
+    Describe,
+    Drop,
+    Failure,
+    Fetch,
+    Frame,
+    Message,
+    Put,
+    Reply,
+    Result,
+    Seed,
+    Types,
+    Value,
+)
 from .kept import Kept
 from .randomness import Follower
 
-__all__ = ["Session", "Site", "Slot", "caller"]
+__all__ = ["Session", "Site", "Slot", "caller", "is_callers"]
 
 
+Answer = TypeVar("Answer", Types, Value)
 LARGE_BYTES = 1 << 28  # of tensors in one frame; a larger one travels alone
 
 
@@ -62,6 +77,11 @@ class Site(NamedTuple):
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _inside: dict[str, bool] = {}
+
+
+def is_callers(filename: str) -> bool:
+    """Whether a file belongs neither to torch nor to this package."""
+    return not filename.startswith((_HERE, _TORCH))
 
 
 def caller(depth: int = 1) -> Site | None:
@@ -263,11 +283,13 @@ class Session:
     def fetch(self, slots: Iterable[Slot]) -> list[torch.Tensor]:
         """The values of these slots, in one round trip. Raises `OperatorError` for the first that failed."""
         slots = tuple(slots)
-        arrays = self.ask(Fetch(tuple(slot.id for slot in slots))).arrays  # type: ignore[union-attr]  # Fetch -> Value
-        for item in arrays:
+        found = self._asked(Fetch(tuple(slot.id for slot in slots)), Value)
+        for item in found.arrays:
             if isinstance(item, Failure):
                 raise self.error(item)
-        values = [item.data for item in arrays if isinstance(item, Array)]
+        values = [item.data for item in found.arrays if isinstance(item, Array)]
+        if len(values) != len(slots):
+            raise ProtocolError(f"worker '{self.location.id}' gave {len(values)} values for {len(slots)} slots")
         self.bytes_fetched += sum(value.nbytes for value in values)
         if self.transport.remote:
             self._kept.keep(slots, values)
@@ -275,11 +297,21 @@ class Session:
 
     def describe(self, slots: Iterable[Slot]) -> list[Any]:
         """The types of these slots, `None` for a hole. Raises `OperatorError` for the first that failed."""
-        types = self.ask(Describe(tuple(slot.id for slot in slots))).types  # type: ignore[union-attr]  # -> Types
-        for item in types:
+        slots = tuple(slots)
+        found = self._asked(Describe(tuple(slot.id for slot in slots)), Types)
+        for item in found.types:
             if isinstance(item, Failure):
                 raise self.error(item)
-        return list(types)
+        if len(found.types) != len(slots):
+            raise ProtocolError(f"worker '{self.location.id}' gave {len(found.types)} types for {len(slots)} slots")
+        return list(found.types)
+
+    def _asked(self, message: Message, kind: type[Answer]) -> Answer:
+        found = self.ask(message)
+        if not isinstance(found, kind):
+            what = f"a {type(found).__name__}, expected a {kind.__name__}"
+            raise ProtocolError(f"worker '{self.location.id}' answered {type(message).__name__} with {what}")
+        return found
 
     def error(self, failure: Failure) -> OperatorError | PolicyError:
         """The error for a failure: where it ran, what ran, and which line issued it; or that an owner said no."""
@@ -333,6 +365,10 @@ class Session:
             raise ProtocolError(f"worker '{self.location.id}' answered frame {reply.number}, which is not open")
         for failure in reply.failures:
             if failure.frame == reply.number:
+                if failure.index >= len(sites):
+                    raise ProtocolError(
+                        f"worker '{self.location.id}' says that message {failure.index} failed; no such"
+                    )
                 self._failed[(failure.frame, failure.index)] = sites[failure.index]
             self._latest = failure
         return [failure for failure in reply.failures if failure.writes]

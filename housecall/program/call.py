@@ -97,7 +97,11 @@ class Program(Struct, frozen=True, tag="program", tag_field="t"):
     @property
     def digest(self) -> str:
         """SHA-256 of the canonical encoding, in hexadecimal: what an owner approves."""
-        return hashlib.sha256(msgspec.msgpack.encode(self, order="deterministic")).hexdigest()
+        return hashlib.sha256(self.encoded()).hexdigest()
+
+    def encoded(self) -> bytes:
+        """The canonical encoding, MessagePack: equal programs have equal bytes."""
+        return msgspec.msgpack.encode(self, order="deterministic")
 
     def __str__(self) -> str:
         return text(self)

@@ -7,14 +7,14 @@ here, while a worker's store sees the storages themselves. So a store's label is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ..types import PUBLIC, Label
-from .call import HOLE, Call, Program, refs, with_numbers
+from .call import HOLE, Call, Input, Program, refs, with_numbers
 from .check import arguments, check
 from .ops import Operator, operator
 
-__all__ = ["flow", "label_of", "shows_elements", "written"]
+__all__ = ["flow", "input_writes", "label_of", "shows_elements", "written"]
 
 
 def flow(program: Program, labels: Mapping[str, Label]) -> dict[str, Label]:
@@ -44,6 +44,21 @@ def label_of(call: Call, labels: Mapping[int, Label]) -> Label:
 def written(call: Call, rules: Operator) -> list[int]:
     """The ids that a call writes to in place."""
     return [ref for param, arg in arguments(rules, call) if param.writes for ref in refs(arg)]
+
+
+def input_writes(program: Program) -> Iterator[tuple[int, Input]]:
+    """Which call of a program may write to which of its inputs: the call's number, the input. Views count."""
+    shares = {item.id: {item.id} for item in program.inputs}  # whose storage a value may share
+    by_id = {item.id: item for item in program.inputs}
+    for number, call in enumerate(program.calls):
+        rules = operator(call.op)
+        for ref in written(call, rules) if rules.writes else ():
+            yield from ((number, by_id[root]) for root in sorted(shares.get(ref, ())))
+        by_name = {param.name: arg for param, arg in arguments(rules, call)}
+        sources = [by_name[item.view_of] for item in rules.returns if item.view_of in by_name]
+        roots = {root for source in sources for ref in refs(source) for root in shares.get(ref, ())}
+        if roots:
+            shares.update(dict.fromkeys(call.outs, roots))
 
 
 def shows_elements(rules: Operator) -> bool:

@@ -49,7 +49,7 @@ def begin_again() -> None:
 
     Call it first in `main`. It returns if there is no reason to, or if it has done so before."""
     variables = dict(os.environ)
-    if AGAIN in variables or (kept(variables) == variables and threads() <= 1):
+    if AGAIN in variables or (born_clean(variables) == variables and threads() <= 1):
         return
     if not sys.executable or not sys.orig_argv:
         return  # embedded in another program; `scrub` does what can be done
@@ -60,8 +60,8 @@ def begin_again() -> None:
 
 def scrub(folder: Path) -> Protection:
     """Drop variables and inherited files, read nothing from a terminal, and live in `folder`."""
-    late = {*os.environ} - {*kept(os.environ), AGAIN}
-    for name in {*late, AGAIN} & {*os.environ}:
+    late = {name for name in _born() if name != AGAIN and not kept({name: ""})}
+    for name in {*os.environ} - {*kept(os.environ)}:
         del os.environ[name]
     os.umask(0o077)
     try:
@@ -75,6 +75,15 @@ def scrub(folder: Path) -> Protection:
         return Protection("environment", False, f"variables were dropped too late to leave memory: {_few(late)}")
     files = f", {closed} inherited files closed" if closed else ""
     return Protection("environment", True, f"{len(os.environ)} harmless variables, umask 077, no input{files}")
+
+
+def _born() -> tuple[str, ...]:
+    """The names that this process was started with: their values are in its memory, whatever became of them."""
+    try:
+        pairs = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return tuple(os.environ)
+    return tuple(os.fsdecode(pair.partition(b"=")[0]) for pair in pairs if pair)
 
 
 def _forget(here: Path, path: list[str]) -> None:

@@ -57,9 +57,12 @@ _GET_SECCOMP, _SET_NO_NEW_PRIVS = 21, 38
 _CLONE_THREAD = 0x00010000
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C  # type for whoever reads the terminal next
 _MSG_FASTOPEN = 0x20000000  # a connection without connect(2)
-_AF_INET, _AF_INET6, _AF_NETLINK = 2, 10, 16
-_SOCK_STREAM, _SOCK_DGRAM, _SOCK_TYPE = 1, 2, 0xF
-_TCP, _UDP = 6, 17
+# What socket(2) may be asked for: (family, type, protocol), by their numbers in linux/socket.h, net.h and in.h.
+_SOCK_TYPE = 0xF  # its other bits are flags
+_INET, _INET6 = 2, 10
+_STREAMS = tuple((family, 1, protocol) for family in (_INET, _INET6) for protocol in (0, 6))  # TCP
+_DATAGRAMS = tuple((family, 2, protocol) for family in (_INET, _INET6) for protocol in (0, 17))  # UDP
+_NETLINK = ((16, 3, 0), (16, 2, 0))  # routes, which tell libc the addresses of this machine
 
 
 class Sockets(NamedTuple):
@@ -114,36 +117,15 @@ def _conditions(pid: int, sockets: Sockets | None) -> Iterator[tuple[str, list[_
 
 
 def _socket(sockets: Sockets) -> list[_Step]:
-    """TCP over IPv4 and IPv6; UDP if it may be; netlink's routes, which tell libc the addresses of this machine. Of no
-    other family (local sockets reach the services of this machine) and no other protocol (Landlock watches TCP)."""
-    datagram = [
-        _Step(_EQUAL, _SOCK_DGRAM, 0, 4),  # or refuse
-        _argument(2),
-        _Step(_EQUAL, 0, 1, 0),
-        _Step(_EQUAL, _UDP, 0, 1),
-        _allow(),
-    ]
-    stream = [
-        _argument(1),
-        _Step(_AND, _SOCK_TYPE),
-        _Step(_EQUAL, _SOCK_STREAM, 0, 4),  # or go on with datagrams
-        _argument(2),
-        _Step(_EQUAL, 0, 1, 0),
-        _Step(_EQUAL, _TCP, 0, 1),  # or go on, and be refused: a stream is no datagram
-        _allow(),
-    ]
-    internet = [*stream, *(datagram if sockets.datagrams else []), _refuse()]
-    if sockets.datagrams:
-        internet[5] = _Step(_EQUAL, _TCP, 0, len(datagram) + 1)  # to the refusal
-    netlink = [_argument(2), _Step(_EQUAL, 0, 0, 1), _allow(), _refuse()]
-    return [
-        _argument(0),
-        _Step(_EQUAL, _AF_NETLINK, 0, len(netlink)),
-        *netlink,
-        _Step(_EQUAL, _AF_INET, 1, 0),
-        _Step(_EQUAL, _AF_INET6, 0, len(internet) - 1),
-        *internet,
-    ]
+    """Sockets of the table only. Of no other family: local sockets reach the services of this machine. Of no other
+    protocol: Landlock watches TCP, and neither MPTCP nor SCTP."""
+    allowed = [*_NETLINK, *_STREAMS, *(_DATAGRAMS if sockets.datagrams else ())]
+    steps: list[_Step] = []
+    for family, kind, protocol in allowed:
+        steps += [_argument(0), _Step(_EQUAL, family, 0, 6)]
+        steps += [_argument(1), _Step(_AND, _SOCK_TYPE), _Step(_EQUAL, kind, 0, 3)]
+        steps += [_argument(2), _Step(_EQUAL, protocol, 0, 1), _allow()]
+    return [*steps, _refuse()]
 
 
 def _argument(number: int) -> _Step:

@@ -102,7 +102,10 @@ class Assembler(Generic[Body]):
             raise CodecError("a blob of no bytes: such elements travel within the message")
         if sum(sizes) > self._limit:
             raise CodecError(f"tensors of {sum(sizes):,} bytes in one message; at most {self._limit:,} are allowed")
-        return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        try:
+            return [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        except RuntimeError:
+            raise CodecError(f"no memory here for tensors of {sum(sizes):,} bytes") from None
 
     def _take_blob(self, payload: memoryview) -> memoryview:
         blob = self._blobs[self._whole]

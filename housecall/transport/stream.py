@@ -92,6 +92,8 @@ class StreamTransport:
         self._link: Link | None = None
         self._assembler = Assembler(Reply)
         self._lost: str | None = None
+        self._trouble_since: float | None = None  # until a stream brings more than its welcome
+        self._delay, self._welcomed_at = 0.0, clock()
         self._resume("")
 
     # -- Transport ----------------------------------------------------------------------------------------
@@ -161,6 +163,7 @@ class StreamTransport:
         arrived = self._assembler.feed(packet)
         if arrived is None:
             return
+        self._trouble_since = None
         begun, reply = arrived
         with self._changed:
             self._line.acknowledge(max(begun.acknowledged, begun.number))  # a reply says that its frame came
@@ -213,9 +216,14 @@ class StreamTransport:
         """Dial until the worker welcomes us, or patience ends."""
         if why:
             log.warning("lost the connection to worker '%s' (%s); reconnecting", self.name, why)
-        started, delay = self._clock(), _FIRST_DELAY
+        now = self._clock()
+        if self._trouble_since is None or now - self._welcomed_at > self._patience:
+            self._trouble_since, self._delay = now, 0.0  # else the last stream brought nothing but its welcome
         while True:
             self._give_up_link()
+            if self._delay:
+                self._sleep(self._delay)
+            self._delay = min(max(2 * self._delay, _FIRST_DELAY), _LONGEST_DELAY)
             try:
                 self._connect()
                 return
@@ -227,11 +235,9 @@ class StreamTransport:
             except BaseException:
                 self._give_up_link()
                 raise
-            if self._clock() - started >= self._patience:
+            if self._clock() - self._trouble_since >= self._patience:
                 self._lose(f"cannot be reached ({why}; tried for {self._patience:g} s)")
                 self._check_open()
-            self._sleep(delay)
-            delay = min(2 * delay, _LONGEST_DELAY)
 
     def _connect(self) -> Link:
         with self._changed:
@@ -239,9 +245,7 @@ class StreamTransport:
             hello = Hello(PROTOCOL, self._token, self._line.received, self._client)
         self._assembler = Assembler(Reply)
         link = self._link = self._dial(self._outgoing(self._stream, hello))
-        watchdog = threading.Timer(
-            max(self._patience, 1.0), link.cancel
-        )  # for a worker that accepts, and never answers
+        watchdog = threading.Timer(max(self._patience, 1.0), link.cancel)  # one may accept, and never answer
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -251,6 +255,7 @@ class StreamTransport:
         match read_control(packet):
             case Welcome() as welcome:
                 self._welcomed(welcome)
+                self._welcomed_at = self._clock()
                 return link
             case Refused(reason=reason):
                 self._lose(reason)

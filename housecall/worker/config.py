@@ -12,7 +12,7 @@ import re
 import textwrap
 import typing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import tomli_w
@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from ..errors import UsageError
 
-__all__ = ["CONFIG_FILE", "DATA_FOLDER", "Config", "Identity", "Limits"]
+__all__ = ["CONFIG_FILE", "DATA_FOLDER", "Config", "Identity", "Limits", "Sandbox"]
 
 CONFIG_FILE = "worker.toml"
 DATA_FOLDER = "data"
@@ -60,6 +60,26 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = "identity/crl.pem"
 
 
+class Sandbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the process gives up before it reads any data. `worker status` says which protections are in force."""
+
+    strict: Annotated[
+        bool, Meta(description="Whether the worker refuses to start when a protection is not to be had here.")
+    ] = False
+    memory_mb: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=10**9,
+            description="Memory that the whole process may allocate, in MB, 8 for each thread included; 0: no bound.",
+        ),
+    ] = 0
+    network: Annotated[
+        Literal["listen", "open"],
+        Meta(description="listen: it connects to nobody but its authority. open: the network is not restricted."),
+    ] = "listen"
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One worker's settings."""
 
@@ -76,6 +96,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ] = 300.0
     limits: Limits = Limits()
     identity: Identity = Identity()
+    sandbox: Sandbox = Sandbox()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or set(self.name) == {"."}:

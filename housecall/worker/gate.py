@@ -13,11 +13,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
-from ..errors import HousecallError, PolicyError
+import msgspec
+
+from ..errors import HousecallError, LedgerError, PolicyError, UsageError
 from ..types import Label
 from ..wire.messages import Requested
+from .approvals import Requests
+from .ledger import Entry, Kind, Ledger
 from .policy import Asked, Decision, Policy, decide
 
 __all__ = ["Gate", "Opening", "Who"]
@@ -37,43 +42,66 @@ def _now() -> datetime:
 
 
 class Gate:
-    """One worker's: `policies` gives the policy of each data set by name, as it is now; one that is missing denies."""
+    """One worker's. `policies` gives each data set's policy as it is now, and one that is missing denies; `requests`
+    are those that the owner answers; `ledger` is told of every use, refusal and release, and without one none happens."""
 
     def __init__(
         self,
-        policies: Callable[[], Mapping[str, Policy]] = dict,
-        ledger: Any = None,
-        requests: Any = None,
+        policies: Mapping[str, Policy] = MappingProxyType({}),
+        requests: Requests | None = None,
+        ledger: Ledger | None = None,
         *,
         now: Callable[[], datetime] = _now,
     ) -> None:
-        self.ledger, self.requests = ledger, requests
-        self._policies, self._now = policies, now
+        self.policies, self.requests, self.ledger, self._now = policies, requests, ledger, now
 
     def load(self, who: Who, name: str) -> None:
         """Whether `who` may work on a data set with pointers. Raises `PolicyError`."""
-        self._must(self._decide((name,), Asked("interactive", who.name, who.role)), who, Label((name,)), "")
+        decision = self._decide((name,), Asked("interactive", who.name, who.role))
+        self._note("run" if decision.allowed else "refusal", who, Label((name,)), "", decision.text)
+        if not decision.allowed:
+            raise PolicyError(decision.text)
 
     def release(self, who: Who, label: Label, digest: str) -> None:
         """Whether a value may leave; when this returns, it is in the ledger. Raises `PolicyError` or `LedgerError`."""
-        decision = self._decide(label.sources, Asked("exact", who.name, who.role))
-        self._must(decision, who, label, digest)
+        asked = Asked("exact", who.name, who.role, digest=digest)
+        decision = self._decide(label.sources, asked)
+        if not decision.allowed and decision.approvable and digest and self.requests is not None:
+            approval = self.requests.spend(who.name, who.role, "value", digest, label.sources, self._now())
+            if approval is not None:
+                decision = self._decide(label.sources, msgspec.structs.replace(asked, approved=True))
+                digest = f"{digest} (request {approval.id})"
+        self._note("release" if decision.allowed else "refusal", who, label, digest, decision.text)
+        if not decision.allowed:
+            raise PolicyError(decision.text)
 
     def request(self, who: Who, label: Label, digest: str, program: str, reason: str) -> Requested:
-        """Put a request before the owner."""
-        raise PolicyError("no requests")
+        """Put a request before the owner. Raises `PolicyError` if no approval could ever permit it."""
+        decision = self._decide(label.sources, Asked("exact", who.name, who.role))
+        if decision.allowed:
+            raise UsageError("there is nothing to ask: the policy lets these values out to you")
+        if not decision.approvable or self.requests is None:
+            raise PolicyError(f"asking is of no use: {decision.text}")
+        made = self.requests.ask(who.name, who.role, "value", label.sources, digest, program, reason)
+        self._note("request", who, label, digest, f"request {made.id}")
+        return Requested(made.id, made.status, made.words)
 
     def status(self, who: Who, request: str) -> Requested:
-        """How a request stands, for whoever made it."""
-        raise PolicyError("no requests")
+        """How a request stands, for whoever made it. Raises `PolicyError` for any other."""
+        if self.requests is None:
+            raise PolicyError(f"there is no request {request[:40]!r}")
+        found = self.requests.get(request, who.name, who.role)
+        return Requested(found.id, found.status, found.words)
 
     def _decide(self, sources: tuple[str, ...], asked: Asked) -> Decision:
-        return decide(self._policies(), sources, asked, self._now())
+        return decide(self.policies, sources, asked, self._now())
 
-    def _must(self, decision: Decision, who: Who, label: Label, digest: str) -> None:
-        if not decision.allowed:
-            log.info("refused %s '%s' (%s): %s", who.role, who.name, label, decision.rule)
-            raise PolicyError(decision.text)
+    def _note(self, kind: Kind, who: Who, label: Label, digest: str, text: str) -> None:
+        """Write the ledger. A release that cannot be written does not happen; nor does anything else."""
+        log.info("%s: %s '%s' (%s) %s", kind, who.role, who.name, label, text)
+        if self.ledger is None:
+            raise LedgerError("this worker keeps no ledger, and without one nothing private is used or leaves")
+        self.ledger.append(Entry(kind, f"{who.role} '{who.name}'", label.sources, digest, decision=text))
 
 
 class Opening:

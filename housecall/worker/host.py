@@ -112,6 +112,7 @@ class Host:
     """All sessions of a worker that come over streams.
 
     `lease_s`: for how long an absent client's session is kept. `frame_bytes`: the largest frame's tensors.
+    `seats` and `seats_each`: how many sessions there may be, of all and of one principal.
     `admits(principal)` is asked when a stream begins and at each frame: a certificate may be revoked meanwhile."""
 
     def __init__(
@@ -122,6 +123,7 @@ class Host:
         lease_s: float = 300.0,
         frame_bytes: int = MAX_BLOB_BYTES,
         seats: int = 4096,
+        seats_each: int = 512,
         admits: Callable[[Any], bool] = lambda principal: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -129,7 +131,7 @@ class Host:
         self.lease_s = lease_s
         self.counters: Counter[str] = Counter()
         self.admits = admits
-        self._frame_bytes, self._most_seats, self._clock = frame_bytes, seats, clock
+        self._frame_bytes, self._most_seats, self._most_each, self._clock = frame_bytes, seats, seats_each, clock
         self._seats: dict[str, Seat] = {}
         self._ended: OrderedDict[str, Seat] = OrderedDict()  # the last ones, so that their clients hear why
         self._lock = threading.Lock()
@@ -224,6 +226,8 @@ class Host:
             raise _Refusal(
                 "version", f"speaks version {PROTOCOL} of the protocol, not {hello.version}: upgrade the older side"
             )
+        if not hello.session and hello.received:
+            raise ProtocolError(f"a new session, and {hello.received:,} replies of it are said to have come")
         if not self.admits(principal):
             raise _Refusal("identity", "does not admit this identity: it was revoked or has expired")
         with self._lock:
@@ -240,6 +244,8 @@ class Host:
             raise _Refusal("draining", "is shutting down and takes no new sessions")
         if len(self._seats) >= self._most_seats:
             raise _Refusal("limit", f"has {len(self._seats)} sessions and takes no more for now")
+        if sum(seat.principal == str(principal) for seat in self._seats.values()) >= self._most_each:
+            raise _Refusal("limit", f"holds {self._most_each} sessions of {principal} already: close some")
         name, role = getattr(principal, "name", str(principal)), getattr(principal, "role", "scientist")
         seat = Seat(str(principal), self.worker.open(name, role), self._frame_bytes)
         self._seats[seat.token] = seat

@@ -270,7 +270,8 @@ def decide(policies: Mapping[str, Policy], sources: Iterable[str], asked: Asked,
 
 def matches(entries: Iterable[str], principal: str, role: str) -> bool:
     """Whether entries such as "alice", "scientist/alice", "scientist/*" or "*" name this principal."""
-    return not {"*", principal, f"{role}/*", f"{role}/{principal}"}.isdisjoint(entries)
+    named = {principal, f"{role}/{principal}"} if principal.isprintable() and not set("/*") & set(principal) else set()
+    return not ({"*", f"{role}/*"} | named).isdisjoint(entries)
 
 
 Refusal = tuple[str, str] | None  # the rule, and why in words

@@ -53,6 +53,8 @@ class OwnerKey:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         try:
+            if (folder / PUBLIC_FILE).exists():
+                raise FileExistsError
             create(folder / KEY_FILE, pem)
             create(folder / PUBLIC_FILE, f"{made.public.hex()}\n".encode())
         except FileExistsError:

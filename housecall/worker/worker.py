@@ -23,6 +23,7 @@ from ..wire import messages as wire
 from ..wire.messages import (
     Array,
     Clear,
+    Define,
     Describe,
     Drop,
     Failure,
@@ -37,6 +38,7 @@ from ..wire.messages import (
     Request,
     Requested,
     Result,
+    Run,
     Search,
     Seed,
     Status,
@@ -49,6 +51,7 @@ from .device import at_home, home
 from .gate import Gate, Opening, Who
 from .limits import TEXT, UNLIMITED, Limits, Meter
 from .owned import Owned
+from .plans import Plans
 from .release import release
 from .store import Failed, Missing, Store
 
@@ -110,6 +113,8 @@ def _bound_by(message: Message) -> tuple[int, ...]:
             return (ref,)
         case Load(ids=ids):
             return ids
+        case Run(outs=outs):
+            return outs
     return ()
 
 
@@ -123,6 +128,7 @@ class WorkerSession:
         self.asked: dict[str, str] = {}  # what `_key` calls a value -> the digest of the request that it is part of
         self.store = Store()
         self.randomness = Randomness()
+        self.plans = Plans(worker.device, self.randomness)
         self.meter: Meter | None = None
         if worker.limits != UNLIMITED:
             self._begin_metering()
@@ -233,6 +239,10 @@ class WorkerSession:
                 self._load(name, ids)
             case Clear():
                 self.store.clear()
+            case Define(program=program):
+                self.plans.define(program)
+            case Run():
+                self.plans.run(message, self.store, meter)
 
     def _load(self, name: str, ids: tuple[int, ...]) -> None:
         self.worker.gate.load(self.who, name)
@@ -313,6 +323,8 @@ class WorkerSession:
         """Fill the outputs of what failed with the failure. A write that fails leaves the value as torch left it
         (`index_fill_` may have written some rows), and says so in the reply: nobody might read it and notice."""
         writes = isinstance(message, Call) and not message.outs
+        if isinstance(message, Run):
+            writes = self.plans.updates(message.digest)
         if isinstance(error, Failed):  # an argument had failed: the cause is what the caller wants to read
             cause = error.failure
             failure = Failure(cause.frame, cause.index, cause.operator, cause.reason, writes)

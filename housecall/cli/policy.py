@@ -1,0 +1,141 @@
+"""`housecall worker policy ...`: what an owner's rules say, in words, and her signature under them."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..worker.change import changes, warnings
+from ..worker.policies import POLICY_FOLDER, draft, policy_names, standing
+from ..worker.policies import sign as put_in_force
+from ..worker.policy import Policy
+from ..worker.policy import explain as explained
+from ..worker.signing import KEY_FILE, PUBLIC_FILE, OwnerKey, public_key
+from .worker import Folder, Yes, worker_folder
+
+__all__ = ["app"]
+
+app = typer.Typer(help="The rules of each data set: check, show, explain, sign.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="The data set.")]
+
+
+@app.command()
+def check(
+    names: Annotated[list[str] | None, typer.Argument(help="Data sets.", show_default="all with a policy")] = None,
+    folder: Folder = None,
+) -> None:
+    """Say whether policies are well-formed, signed and not over, and what is loose. Fails if one does not hold."""
+    place = worker_folder(folder)
+    whole = True
+    for name in names or policy_names(place):
+        policy, why = standing(place, name, _public(place))
+        if why:
+            whole = False
+            typer.secho(f"{name}: NOTHING IS PERMITTED: {why}", err=True, fg="red")
+            continue
+        typer.echo(f"{name}: version {policy.version} is in force")
+        for warning in warnings(policy, _now()):
+            typer.secho(f"  note: {warning}", fg="yellow")
+        whole = whole and not _over(policy)
+    if not whole:
+        raise typer.Exit(1)
+
+
+@app.command()
+def show(name: Name, folder: Folder = None) -> None:
+    """Print the policy of a data set as it is written; without one, one that refuses everything, to begin with."""
+    place = worker_folder(folder)
+    _, why = standing(place, name, _public(place))
+    path = place / POLICY_FOLDER / f"{name}.toml"
+    if path.is_file():
+        typer.echo(path.read_text(encoding="utf-8", errors="replace"), nl=False)
+    else:
+        typer.echo(Policy.deny().text(), nl=False)
+        typer.secho(f"Save it as {path}, edit it, then: housecall worker policy sign {name}", err=True)
+    if why:
+        typer.secho(f"# nothing is permitted: {why}", err=True, fg="red")
+
+
+@app.command()
+def explain(
+    name: Name,
+    principal: Annotated[str | None, typer.Argument(help="Who.", show_default="all that it names")] = None,
+    role: Annotated[str, typer.Option(help="In what role.")] = "scientist",
+    folder: Folder = None,
+) -> None:
+    """Say in words what somebody could obtain from a data set, as its policy stands."""
+    place = worker_folder(folder)
+    policy, why = standing(place, name, _public(place))
+    if why:
+        typer.echo(f"Nothing, for nobody: {why}")
+        return
+    for who, what in [(principal, role)] if principal is not None else _named(policy, role):
+        typer.secho(f"{what} '{who}'" if who else f"any other {what}", bold=True)
+        for line in explained(policy, who, what, _now()):
+            typer.echo(f"  {line}")
+
+
+@app.command()
+def sign(
+    name: Name,
+    folder: Folder = None,
+    yes: Yes = False,
+) -> None:
+    """Put a policy in force: shows what it changes and what becomes looser, asks, and signs with the owner's key."""
+    place = worker_folder(folder)
+    key = owner_key(place)
+    made = draft(place, name, key.public)
+    if made.signed:
+        typer.echo(f"{name}: version {made.policy.version} is signed already")
+        return
+    found = changes(made.old, made.policy)
+    typer.echo(f"{name}: version {made.policy.version}, against what was signed last:")
+    for change in found:
+        typer.secho(f"  {change}", fg="red" if change.loosens else "green")
+    if not found:
+        typer.echo("  permits the same as before")
+    for warning in warnings(made.policy, _now()):
+        typer.secho(f"  note: {warning}", fg="yellow")
+    looser = any(change.loosens for change in found)
+    if not yes and not typer.confirm("It permits MORE than before. Sign it?" if looser else "Sign it?"):
+        typer.echo("Nothing was signed: what is written there counts for nothing.")
+        raise typer.Exit(1)
+    put_in_force(place, made, key)
+    typer.echo(f"{name}: version {made.policy.version} is in force")
+
+
+def owner_key(place: Path) -> OwnerKey:
+    """The owner's key of a worker; made at its first use. Raises `PolicyError` if it is damaged or half is lost."""
+    if (place / KEY_FILE).exists() or (place / PUBLIC_FILE).exists():
+        return OwnerKey.load(place)
+    made = OwnerKey.create(place)
+    typer.echo(f"{place / KEY_FILE} is made: what it signs is your word. Keep a copy; it is for you alone.")
+    return made
+
+
+def _public(place: Path) -> bytes:
+    """The owner's public key; before there is one nothing is signed."""
+    return public_key(place) if (place / PUBLIC_FILE).exists() else b""
+
+
+def _over(policy: Policy) -> bool:
+    return policy.expires is not None and policy.expires <= _now()
+
+
+def _named(policy: Policy, role: str) -> list[tuple[str, str]]:
+    """Whom a policy names, and last whoever else has the role."""
+    use = policy.use
+    named: dict[tuple[str, str], None] = {}
+    for entry in sorted({*use.interactive, *use.plans, *use.statistics, *policy.release.exact}):
+        in_role, _, who = entry.rpartition("/")
+        named[("" if who == "*" else who, in_role or role)] = None
+    named.pop(("", role), None)
+    return [*named, ("", role)]
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

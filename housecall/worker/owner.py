@@ -1,0 +1,77 @@
+"""The owner's side of a worker: her key, policies, requests and ledger, and the gate that they make together."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+from .approvals import Approval, Request, Requests
+from .gate import Gate
+from .ledger import Entry, Ledger
+from .policies import Policies
+from .policy import Policy
+from .signing import OwnerKey, public_key
+
+__all__ = ["Owner", "gate_of"]
+
+
+class Owner:
+    """An owner in this process, in memory: for notebooks, teaching and tests. What she decides holds at once."""
+
+    def __init__(self) -> None:
+        self._key = OwnerKey.generate()
+        self.ledger = Ledger()
+        self.policies = Policies(changed=_noting(self.ledger))
+        self.requests = Requests(None, self._key.public)
+        self.gate = Gate(self.policies, self.requests, self.ledger)
+
+    def pending(self) -> tuple[Request, ...]:
+        """The requests that wait for an answer, the oldest first. `print(request.program)` shows what was done."""
+        return self.requests.pending()
+
+    def approve(
+        self,
+        id: str,  # noqa: A002  # its name
+        *,
+        uses: int = 1,
+        expires: datetime | None = None,
+        words: str = "",
+    ) -> Approval:
+        """Let it out, once unless said otherwise, within 24 hours unless said otherwise."""
+        made = self.requests.approve(id, self._key, uses, expires, words)
+        until = f"{uses} uses until {made.expires:%Y-%m-%d %H:%M} UTC"
+        self.ledger.append(_answered("approval", self.requests.get(id), until))
+        return made
+
+    def deny(self, id: str, reason: str) -> Request:
+        """Do not."""
+        denied = self.requests.deny(id, reason)
+        self.ledger.append(_answered("denial", denied, reason))
+        return denied
+
+
+def gate_of(folder: str | os.PathLike[str]) -> Gate:
+    """The gate of a worker that runs from a folder: what its owner signed there, and its ledger.
+
+    Raises `PolicyError` without an owner's key, `LedgerError` for a ledger that cannot be trusted or written."""
+    place = Path(folder)
+    public = public_key(place)
+    ledger = Ledger(place)
+    return Gate(Policies(place, public, changed=_noting(ledger)), Requests(place, public), ledger)
+
+
+def _answered(kind: str, request: Request, text: str) -> Entry:
+    who = f"{request.role} '{request.principal}'"
+    return Entry(kind, who, request.data_sets, request.digest, decision=f"request {request.id}: {text}")  # type: ignore[arg-type]  # one of the kinds
+
+
+class _noting:  # noqa: N801  # used as a function
+    """Writes each change of a policy into the ledger, before it takes effect."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def __call__(self, name: str, old: Policy, new: Policy) -> None:
+        text = f"version {old.version} -> {new.version}" if old.version != new.version else "set"
+        self._ledger.append(Entry("policy", "owner", (name,), decision=text))

@@ -1,0 +1,110 @@
+"""Processes that keep a ledger and kill themselves (SIGKILL) at a chosen write or fsync: `python ledger_crashes.py FOLDER`.
+
+For every point it forks a child that works in a folder of its own. What the ledger acknowledged the child notes in
+`acknowledged` beside it, what it was about to ask for in `begun`: with plain writes, which outlive a kill.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from housecall.worker.ledger import Entry, Ledger
+from housecall.worker.policy import Budget
+from housecall.worker.spending import Spending
+
+MODES = ("before", "half", "after")
+FILE_BYTES = 1_200  # two entries or three: files change within the story
+BUDGETS = {"heart": Budget(epsilon=100.0, delta=0.5)}
+
+
+class Killer:
+    """Counts writes and syncs; at number `at` it ends the process before it, halfway, or after it."""
+
+    def __init__(self, at: int, mode: str) -> None:
+        self.count, self.at, self.mode = 0, at, mode
+
+    def write(self, handle: int, data: bytes) -> int:
+        self._meet("before")
+        if self._now("half"):
+            os.write(handle, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        written = os.write(handle, data)
+        self._meet("after")
+        return written
+
+    def sync(self, handle: int) -> None:
+        self._meet("before")
+        os.fsync(handle)
+        self._meet("after")
+
+    def _meet(self, mode: str) -> None:
+        self.count += mode == "before"
+        if self._now(mode):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _now(self, mode: str) -> bool:
+        return self.count == self.at and self.mode == mode
+
+
+def note(folder: Path, name: str, text: str) -> None:
+    with (folder / name).open("a") as file:
+        file.write(text + "\n")
+
+
+def story(folder: Path, killer: Killer) -> None:
+    """Reserves 1, 2, 4 ... of epsilon; every third is cancelled, the others lead to a release."""
+    ledger = Ledger(folder, file_bytes=FILE_BYTES, write=killer.write, sync=killer.sync)
+    spending = Spending(ledger, lambda: BUDGETS)
+    for number in range(6):
+        cost = 2.0**number
+        note(folder, "begun", f"reserve {cost}")
+        made = spending.reserve("heart", cost, 0.0, "record")
+        note(folder, "acknowledged", f"{made.sequence} reserve {cost}")
+        if number % 3 == 2:
+            note(folder, "begun", f"cancel {cost}")
+            note(folder, "acknowledged", f"{spending.cancel(made).sequence} cancel {cost}")
+        else:
+            sealed = ledger.append(Entry("release", data_sets=("heart",), of=made.sequence))
+            note(folder, "acknowledged", f"{sealed.sequence} release {cost}")
+    ledger.close()
+
+
+def killed(folder: Path, at: int, mode: str) -> bool:
+    """Whether a child that plays the story there was killed; otherwise there is no such point any more."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            story(folder, Killer(at, mode))
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"{folder}: the story failed"
+    return os.WIFSIGNALED(status)
+
+
+def main(root: Path) -> None:
+    for mode in MODES:
+        at = 1
+        while True:
+            folder = root / f"{mode}-{at:03}"
+            folder.mkdir(mode=0o700)
+            if not killed(folder, at, mode):
+                shutil.rmtree(folder)
+                break
+            # ... and again, while the next process repairs what this one left.
+            for again in range(1, 9) if mode == "half" else ():
+                twice = root / f"twice-{at:03}-{again}"
+                shutil.copytree(folder, twice)
+                killed(twice, again, mode)
+            at += 1
+        print(mode, at - 1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
