@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .remote import RemoteWorker as RemoteWorker
     from .remote import connect as connect
     from .virtual import VirtualWorker as VirtualWorker
+    from .worker.policy import Policy as Policy
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ _HOME = {
     "OwnedDataset": "pointers.owned",
     "PlaceError": "errors",
     "PointerTensor": "pointers.tensor",
+    "Policy": "worker.policy",
     "Program": "program.call",
     "ProgramError": "errors",
     "ProtocolError": "errors",

@@ -38,6 +38,7 @@ class Killer:
 
     def sync(self, handle: int) -> None:
         self._meet("before")
+        self._meet("half")  # there is no half of it
         os.fsync(handle)
         self._meet("after")
 

@@ -45,6 +45,7 @@ from housecall.wire.messages import (
 )
 from housecall.worker.catalogue import Catalogue
 from housecall.worker.gate import Gate
+from housecall.worker.ledger import Ledger
 from housecall.worker.limits import ENTRY, QUESTIONS, TEXT, UNLIMITED, Limits
 from housecall.worker.policy import Policy
 from housecall.worker.worker import Worker, WorkerSession
@@ -507,7 +508,7 @@ def test_what_the_owner_lends_is_free_and_not_to_be_written() -> None:
 def test_loading_takes_slots_and_answers_take_room() -> None:
     catalogue = Catalogue()
     catalogue.register("heart", {"x": torch.zeros(MB), "y": torch.zeros(MB)}, description="d" * 5000)
-    gate = Gate(lambda: {"heart": Policy.open_to("me")})
+    gate = Gate({"heart": Policy.open_to("me")}, ledger=Ledger())
     door = Worker("w", msgspec.structs.replace(SMALL, reply_bytes=30_000), catalogue=catalogue, gate=gate).open("me")
     assert reasons(door, Load("heart", (1, 2))) == []
     assert door.store.held == 0

@@ -15,8 +15,8 @@ from housecall.program.call import Call
 from housecall.transport.arrays import share
 from housecall.types import Ref
 from housecall.wire.messages import Failure, Frame, Load, Put
-from housecall.worker.catalogue import Catalogue
 from housecall.worker.gate import Gate
+from housecall.worker.ledger import Ledger
 from housecall.worker.policy import Policy
 from housecall.worker.worker import Worker
 
@@ -116,7 +116,7 @@ def test_getting_a_column_takes_nothing_away(clinic: hc.VirtualWorker) -> None:
 
 
 def test_two_sessions_share_the_data_and_nothing_else() -> None:
-    worker = Worker("clinic", gate=Gate(lambda: {"heart": OPEN}))
+    worker = Worker("clinic", gate=Gate({"heart": OPEN}, ledger=Ledger()))
     worker.catalogue.register("heart", {"x": X.clone()})
     one, other = worker.open("alice"), worker.open("bob")
     for session in (one, other):
@@ -136,7 +136,7 @@ def test_an_unknown_name_is_an_error_that_helps(clinic: hc.VirtualWorker) -> Non
 
 
 def test_a_load_must_name_every_column() -> None:
-    worker = Worker("clinic", gate=Gate(lambda: {"heart": OPEN}))
+    worker = Worker("clinic", gate=Gate({"heart": OPEN}, ledger=Ledger()))
     worker.catalogue.register("heart", {"x": X, "y": Y})
     session = worker.open("mallory")
     for ids in ((), (1,), (1, 2, 3), (0, 1), (-1, 1), (4, 4)):
@@ -150,7 +150,7 @@ def test_a_load_must_name_every_column() -> None:
 
 
 def test_raw_writes_are_refused_too() -> None:
-    worker = Worker("clinic", gate=Gate(lambda: {"heart": OPEN}))
+    worker = Worker("clinic", gate=Gate({"heart": OPEN}, ledger=Ledger()))
     worker.catalogue.register("heart", {"x": X.clone()})
     session = worker.open("mallory")
     session.handle(Frame(1, (Load("heart", (1,)), Call("t.default", (Ref(1),), {}, (2,)))))
@@ -167,7 +167,7 @@ def test_raw_writes_are_refused_too() -> None:
 @pytest.fixture(scope="module")
 def remote() -> Iterator[Location]:
     with hc.LocalCluster(["clinic"]) as cluster:
-        Catalogue(cluster.folder / "clinic").add("heart", {"x": X, "y": Y}, tags=["#heart"])
+        cluster[0].add("heart", x=X, y=Y, tags=["#heart"], policy=OPEN)
         yield cluster[0]
 
 

@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "examples" / "two_machines.md"
 HOSTS = ("authority.example", "clinic.example", "scientist")
-BLOCK = re.compile(r'^```(bash|python) title="([\w.]+)"\n(.*?)^```', re.M | re.S)
+BLOCK = re.compile(r'^```(bash|python|toml) title="([\w./]+)"\n(.*?)^```', re.M | re.S)
 PATIENCE = 60.0
 
 
@@ -161,8 +161,15 @@ def test_two_machines(world: World) -> None:
     texts = blocks()
     (script,) = [text for language, _, text in texts if language == "python"]
     (world.folder / "train.py").write_text(world.placed(script))
+    (policy,) = [(title, text) for language, title, text in texts if language == "toml"]
     said = ""
     for language, host, text in texts:
+        if "worker policy sign" in text:
+            init, text = text.split("housecall worker add", 1)
+            said += world.bash(host, init)
+            (world.folder / policy[0]).parent.mkdir(exist_ok=True)
+            (world.folder / policy[0]).write_text(policy[1])
+            text = "housecall worker add" + text
         if language == "bash" and "revoke" not in text:
             said += world.bash(host, text)
     assert re.search(r"<dataset 'heart' at clinic: 200 records of x: float32\[3\], y: int64\[\] #heart>", said)

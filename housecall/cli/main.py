@@ -8,8 +8,10 @@ import typer
 
 from .. import __version__
 from ..errors import HousecallError
-from . import ca, worker
+from . import ca, policy, worker
 from .demo import demo
+from .ledger import ledger
+from .requests import approve, deny, requests, show
 from .status import status
 from .up import up
 
@@ -21,6 +23,9 @@ app = typer.Typer(
 app.command()(demo)
 worker.app.command()(up)
 worker.app.command()(status)
+worker.app.add_typer(policy.app, name="policy")
+for command in (requests, show, approve, deny, ledger):
+    worker.app.command()(command)
 app.add_typer(worker.app, name="worker")
 app.add_typer(ca.ca, name="ca")
 
