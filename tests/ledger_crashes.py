@@ -1,6 +1,6 @@
-"""Processes that keep a ledger and kill themselves (SIGKILL) at a chosen write or fsync: `python ledger_crashes.py FOLDER`.
+"""Processes that keep a ledger and kill themselves (SIGKILL) at a chosen write or fsync.
 
-For every point it forks a child that works in a folder of its own. What the ledger acknowledged the child notes in
+For every such point, `python ledger_crashes.py FOLDER` forks a child that works in a folder of its own. What the ledger acknowledged the child notes in
 `acknowledged` beside it, what it was about to ask for in `begun`: with plain writes, which outlive a kill.
 """
 

@@ -41,7 +41,7 @@ from housecall.worker.ledger import Account, Entry, Ledger, Privacy, Sealed
 from housecall.worker.policy import Budget
 from housecall.worker.spending import Reservation, Spending
 
-from .ledger_crashes import BUDGETS
+from ledger_crashes import BUDGETS
 
 NOON = datetime(2030, 1, 2, 12, 0, 0, 5, tzinfo=UTC)
 RELEASE = Entry(
@@ -123,7 +123,7 @@ class Contract:
     def test_what_is_no_entry_is_refused_and_changes_nothing(self, make: Make, entry: Any) -> None:
         ledger = make()
         ledger.append(RELEASE)
-        with pytest.raises(LedgerError, match="cannot be an entry|shorten its texts"):
+        with pytest.raises(LedgerError, match=r"cannot be an entry|shorten its texts"):
             ledger.append(entry)
         assert ledger.append(refusal(2)).sequence == 2
         assert ledger.verify().entries == 2
@@ -439,9 +439,12 @@ def test_writes_may_be_short(tmp_path: Path) -> None:
 
 
 FAILURES = [
-    ("write", "000001.jsonl", errno.ENOSPC), ("sync", "000001.jsonl", errno.EIO), ("write", "heads.jsonl", errno.EDQUOT),
-    ("sync", "ledger", errno.EIO), ("write", "000002.jsonl", errno.ENOSPC),
-]  # fmt: skip
+    ("write", "000001.jsonl", errno.ENOSPC),
+    ("sync", "000001.jsonl", errno.EIO),
+    ("write", "heads.jsonl", errno.EDQUOT),
+    ("sync", "ledger", errno.EIO),
+    ("write", "000002.jsonl", errno.ENOSPC),
+]
 
 
 @needs_proc
@@ -454,8 +457,7 @@ def test_what_cannot_be_written_is_not_acknowledged_and_nothing_after_it(
     acknowledged = [ledger.append(refusal(1))]
     disk.fails = lambda *found: OSError(number, os.strerror(number)) if found == (act, name) else None
     with pytest.raises(LedgerError, match=f"cannot be written: {os.strerror(number)}.*opened again"):
-        for count in range(2, 9):
-            acknowledged.append(ledger.append(refusal(count)))
+        acknowledged.extend(ledger.append(refusal(count)) for count in range(2, 9))
     disk.fails = lambda *found: None  # the disk has room again: too late
     with pytest.raises(LedgerError, match="takes no entries: an entry could not be written"):
         ledger.append(refusal(9))
@@ -520,7 +522,7 @@ def test_one_process_writes_and_others_read(tmp_path: Path) -> None:
         with pytest.raises(LedgerError, match="by another process"):
             Ledger(tmp_path)
         script = (
-            "import sys\nfrom housecall.errors import LedgerError\nfrom housecall.worker.ledger import Account, Ledger\n"
+            "import sys\nfrom housecall import LedgerError\nfrom housecall.worker.ledger import Account, Ledger\n"
             "print(Account(sys.argv[1]).verify().entries)\ntry:\n    Ledger(sys.argv[1])\n"
             "except LedgerError as error:\n    print(error)\nassert 'torch' not in sys.modules"
         )
@@ -637,7 +639,7 @@ def test_an_acknowledged_line_that_was_cut_is_no_torn_one(tmp_path: Path) -> Non
     path = entry_files(tmp_path)[-1]
     path.write_bytes(path.read_bytes()[:-9])
     for read in (Ledger, lambda folder: Account(folder).verify()):
-        with pytest.raises(LedgerError, match="heads.jsonl line 7 is of an entry after 6"):
+        with pytest.raises(LedgerError, match=r"heads\.jsonl line 7 is of an entry after 6"):
             read(tmp_path)
 
 
@@ -825,7 +827,7 @@ def test_files_that_change_places_are_found(tmp_path: Path) -> None:
     one.rename(folder / "spare")
     two.rename(one)
     (folder / "spare").rename(two)
-    with pytest.raises(LedgerError, match="000001.jsonl line 1 has entry 3, expected entry 1: it is missing"):
+    with pytest.raises(LedgerError, match=r"000001\.jsonl line 1 has entry 3, expected entry 1: it is missing"):
         Account(folder).verify()
 
 
@@ -895,7 +897,7 @@ def test_an_older_state_is_found_by_a_countersigned_head(tmp_path: Path) -> None
     cut_lines(tmp_path / "ledger" / "000001.jsonl", 1)
     cut_lines(tmp_path / "ledger" / "heads.jsonl", 1)
     for read in (Ledger, lambda folder: Account(folder).verify()):
-        with pytest.raises(LedgerError, match="countersigned.jsonl line 1, a countersigned head, is of entry 4"):
+        with pytest.raises(LedgerError, match=r"countersigned\.jsonl line 1, a countersigned head, is of entry 4"):
             read(tmp_path)
 
 
@@ -927,7 +929,7 @@ def test_a_lost_or_exchanged_key_ends_the_ledger(tmp_path: Path) -> None:
     filled(tmp_path)
     key = tmp_path / "ledger.key"
     key.rename(tmp_path / "spare")
-    with pytest.raises(LedgerError, match="ledger.key is missing"):
+    with pytest.raises(LedgerError, match=r"ledger\.key is missing"):
         Ledger(tmp_path)
     assert not key.exists()
     Signer.create(key)
@@ -953,7 +955,7 @@ def test_there_is_no_ledger_before_a_worker_ran(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind":"head"}', "[" * 10_000, "x" * 20_000, "\ud800", "é"])
 def test_what_is_no_head_is_refused(text: str) -> None:
-    with pytest.raises(LedgerError, match="the head is none|the head has"):
+    with pytest.raises(LedgerError, match=r"the head is none|the head has"):
         Head.parse(text)
 
 
@@ -1023,7 +1025,7 @@ def test_the_command_verifies(clinic: Path, tmp_path: Path) -> None:
         run("--folder", clinic, "--verify", "--head")
     path = clinic / "ledger" / "000001.jsonl"
     path.write_text(path.read_text().replace("alice", "malic"))
-    with pytest.raises(LedgerError, match="heads.jsonl line 1 is not the head of ledger/000001.jsonl line 1"):
+    with pytest.raises(LedgerError, match=r"heads\.jsonl line 1 is not the head of ledger/000001\.jsonl line 1"):
         run("--folder", clinic, "--verify")
     with pytest.raises(LedgerError, match="line 1"):
         run("--folder", clinic)

@@ -20,7 +20,7 @@ from housecall.cli import _catalogue
 from housecall.cli.worker import app
 from housecall.errors import DataError, HousecallError, UsageError
 from housecall.worker.catalogue import Catalogue
-from housecall.worker.config import CONFIG_FILE, Config, Identity, Limits
+from housecall.worker.config import CONFIG_FILE, Config, Identity, Limits, Sandbox
 
 
 def run(*arguments: str | Path, fails: bool = False, answer: str | None = None) -> str:
@@ -90,7 +90,7 @@ def test_settings_are_written_with_their_explanations(tmp_path: Path) -> None:
     content = (tmp_path / CONFIG_FILE).read_text()
     lines = content.splitlines()
     values = [index for index, line in enumerate(lines) if " = " in line and not line.startswith("#")]
-    assert len(values) == sum(len(kind.__struct_fields__) for kind in (Config, Limits, Identity)) - 3
+    assert len(values) == sum(len(kind.__struct_fields__) for kind in (Config, Limits, Identity, Sandbox)) - 3
     assert all(lines[index - 1].startswith("# ") for index in values)
     assert Config.load(tmp_path) == config == Config("clinic")
     assert max(map(len, lines)) <= 120

@@ -14,6 +14,7 @@ here. So while such a module is away a forward pre-hook of its own gives it zero
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch

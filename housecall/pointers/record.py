@@ -4,68 +4,54 @@
     print(step)                                 # the program: what an owner reads
     loss = step(model, x, y)                    # one message, at whichever worker they are
 
-NOTE [What is an input]
-The tensors among the arguments, the parameters and buffers of modules among them or named by the function, gradients
-that are there before, and the state of every optimizer that steps. While the function is recorded, each of these
-objects holds a pointer of a tape (torch's `swap_tensors`), so whoever refers to it, an optimizer say, sees the pointer;
-afterwards each holds again what it held. So do optimizers, but for what the function did to other objects of Python.
-
-NOTE [What a run changes]
-Writes in place are kept as such: the program says which of its inputs it updates. Gradients and state that the function
-made are outputs, and are put where the function put them.
+What must live here: which recording serves a call, and how it is run. How one is made is `recording`'s.
 
 NOTE [What is read once]
-Everything in Python: numbers, flags, the function's own code. A run looks whether the types of its inputs, the plain
-arguments, `training` of the modules and the optimizers' settings are those of a recording; if not, it records anew.
-Numbers that an optimizer makes of its settings or its own count of steps (a learning rate, Adam's bias correction)
-become numbers of the program, given anew with each run, as soon as they are seen to change.
+Everything in Python: numbers, flags, the function's own code. A run looks whether the types of its tensors, the plain
+arguments, `training` of the modules and the optimizers' state and settings are those of a recording; if not, it records
+anew. Numbers that an optimizer makes of its settings or of its own count of steps (a learning rate, Adam's bias
+correction) become numbers of the program, given anew with each run, as soon as they are seen to change.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-import msgspec
 import torch
 from torch import nn
-from torch.optim import optimizer as torch_optimizer
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
 from ..errors import PlaceError, ProgramError, UsageError
-from ..program.call import HOLE, Arg, Call, Input, Items, Program
+from ..program.call import Arg, Call, Program
 from ..program.check import check
 from ..program.files import save_program
-from ..program.flow import input_writes
 from ..program.ops import operator
-from ..program.outcome import Spec, spec
+from ..program.outcome import spec
 from ..program.run import type_program
-from ..program.typing import meta, type_of
-from ..types import Ref, TensorType
+from ..types import Ref
 from ..wire.messages import Define, Run
 from .dispatch import point
-from .module import with_first_states
 from .optimizer import follow
-from .session import Session, Slot, inside
-from .tape import Tape
+from .recording import Effect, Given, Place, Plain, Recording, recording_of, settings_of, spec_of, state_of
+from .session import Session, Slot
 from .tensor import PointerTensor
 
 __all__ = ["Recorded", "record", "run_program"]
 
-_Settings = tuple[Any, ...]
-_Place = tuple[int, int | str]  # a call's number, and which of its arguments
+_MOST = 256  # recordings of one function: beyond, the oldest is forgotten
+_Where = tuple[int, int | str]  # a call's number, and which of its arguments
 
 
 def record(fn: Callable[..., Any], *examples: Any) -> Recorded:
     """Record the pointer operations of `fn`, run once on `examples`: pointers, mocks, local tensors, tensors on the
-    device "meta", `TensorType`s, modules, and plain values. No value is looked at and none is changed.
+    device "meta", `TensorType`s, modules, plain values, and lists, tuples and dicts of these. Nothing is computed, and
+    the examples are afterwards what they were.
 
     Raises `UsageError` where the function needs a value, with the line; and for a tensor that is no argument."""
     recorded = Recorded(fn)
@@ -74,9 +60,8 @@ def record(fn: Callable[..., Any], *examples: Any) -> Recorded:
 
 
 class Recorded:
-    """A function as programs: one for each combination of types that it was given. Call it with pointers to run.
-
-    What it returns are values: pointers without a graph behind them."""
+    """A function as programs, one for each combination of types that it is given. Call it with pointers to run it: it
+    does what the function does, in one message. What it returns are values, without a graph behind them."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
@@ -85,8 +70,6 @@ class Recorded:
         self._optimizers: list[torch.optim.Optimizer] = []
         self._variants: dict[tuple[Any, ...], _Variant] = {}
         self._latest: _Variant | None = None
-        self._defined: weakref.WeakKeyDictionary[Session, set[str]] = weakref.WeakKeyDictionary()
-        functools.update_wrapper(self, fn, updated=())
 
     @property
     def program(self) -> Program:
@@ -97,8 +80,8 @@ class Recorded:
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """All of them: one for each combination of types."""
-        return tuple(dict.fromkeys(variant.program for variant in self._variants.values()))
+        """All programs so far, in the order of recording."""
+        return tuple({variant.digest: variant.program for variant in self._variants.values()}.values())
 
     @property
     def digest(self) -> str:
@@ -113,101 +96,339 @@ class Recorded:
         return str(self.program)
 
     def __repr__(self) -> str:
-        name = getattr(self.fn, "__qualname__", repr(self.fn))
-        return f"<recorded {name}: {len(self._variants)} programs>"
+        return (
+            f"<recorded {getattr(self.fn, '__qualname__', type(self.fn).__name__)}: {len(self._variants)} recordings>"
+        )
 
     def prepare(self, *args: Any, **kwargs: Any) -> Program:
         """The program for arguments of these types, recorded now if it was not before. Nothing runs."""
-        given = self._given(args, kwargs)
-        variant = self._variants.get(self._key(given, None))
-        if variant is None:
-            variant = self._recorded(given)
-        self._latest = variant
-        return variant.program
+        self._latest = self._variant(self._given(args, kwargs))
+        return self._latest.program
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run on pointers: one message. Parameters, buffers, gradients and optimizer state are what they would be had
-        the function been called. Raises `UsageError` for tensors that are not at one worker."""
+        """Run on pointers, and on modules at their worker. Parameters, buffers, gradients and optimizer state are
+        afterwards as if the function had been called. Raises `UsageError` for tensors that are not at one worker."""
         given = self._given(args, kwargs)
-        settings = _settings(self._optimizers)
-        variant = self._variants.get(self._key(given, _place_of(given.leaves)))
-        if variant is None:
-            variant = self._recorded(given)
-        elif variant.counts or variant.settings != settings:
-            fresh = self._recording(given)
-            if not variant.renew(fresh):
-                variant = self._recorded(given)
-        self._latest = variant
-        return self._run(variant, given)
+        variant = self._latest = self._variant(given)
+        return _run_recording(variant, given)
 
-    # -- arguments ----------------------------------------------------------------------------------------
-
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Given:
-        given = _Given()
-        names = self._names
-        values = [given.add(names(at), arg) for at, arg in enumerate(args)]
-        named = {name: given.add(name, arg) for name, arg in kwargs.items()}
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        given = Given()
+        given.args = tuple([given.add(self._names(at), arg) for at, arg in enumerate(args)])
+        if kwargs:
+            given.parts.append(tuple(kwargs))
+            given.kwargs = {name: given.add(name, arg) for name, arg in kwargs.items()}
         for name, module in self._modules:
             given.add(name, module)
-        given.args, given.kwargs = values, named
         return given
 
-    def _key(self, given: _Given, session: Session | None) -> tuple[Any, ...]:
-        """What decides which program it is."""
-        key = given.key
-        key.append(torch.is_grad_enabled())
+    def _key(self, given: Given) -> tuple[Any, ...]:
+        """What decides which recording serves."""
+        key = [*given.parts, torch.is_grad_enabled()]
         for leaf in given.leaves:
-            key.append(_spec_of(leaf))
+            key.append(leaf._spec if type(leaf) is PointerTensor else spec_of(leaf))
             if leaf.requires_grad:
                 grad = leaf.grad if leaf.is_leaf else None
-                key.append(grad if grad is None else _spec_of(grad))
-        if len(given.seen) < len(given.order):
-            key.append(tuple(given.order))
+                key.append(grad if grad is None else spec_of(grad))
         for optimizer in self._optimizers:
             if optimizer.state:
-                key.append(_state_key(optimizer, session))
+                key.append(state_of(optimizer))
         return tuple(key)
 
-    # -- recording ----------------------------------------------------------------------------------------
+    def _variant(self, given: Given) -> _Variant:
+        variant = self._variants.get(self._key(given))
+        if variant is not None and not variant.recording.counts and variant.is_current():
+            return variant
+        fresh = recording_of(self.fn, given)
+        if variant is not None and variant.renew(fresh):
+            return variant
+        return self._new(fresh, given)
 
-    def _recorded(self, given: _Given) -> _Variant:
-        """Record, and once more as of the next step if an optimizer counts its steps: what changes then is a number."""
-        fresh = self._recording(given)
-        variant = _Variant(fresh)
-        if fresh.counts and not fresh.begins:
-            with _advanced(fresh.counts):
-                second = self._recording(given)
-            if variant.renew(second):
-                variant.renew(fresh)
-        self._variants[self._key(self._again(given), None)] = variant
-        return variant
-
-    def _again(self, given: _Given) -> _Given:
-        again = _Given()
-        again.key = [part for part in given.key_of_arguments]
-        again.leaves, again.seen, again.order = given.leaves, given.seen, given.order
-        return again
-
-    def _recording(self, given: _Given) -> _Recording:
-        tape = Tape()
-        taken = _Taken(tape, given)
-        with taken.swapped(), taken.following_optimizers():
-            try:
-                result = self.fn(*given.args, **given.kwargs)
-            except PlaceError as error:
-                raise _explained(error, tape) from None
-            recording = _Harvest(taken, result).recording()
-        for optimizer in taken.optimizers:
+    def _new(self, fresh: Recording, given: Given) -> _Variant:
+        """Keep a recording. If an optimizer counts its steps, record the next step too: what differs is a number."""
+        for optimizer in fresh.optimizers:
             if not any(optimizer is known for known in self._optimizers):
                 self._optimizers.append(optimizer)
-        return recording
+        variant = _Variant(fresh)
+        if fresh.counts and not fresh.begins:
+            with _counted(fresh):
+                second = recording_of(self.fn, given)
+            if variant.renew(second):
+                variant.renew(fresh)
+        if len(self._variants) >= _MOST:
+            del self._variants[next(iter(self._variants))]
+        self._variants[self._key(given)] = variant
+        return variant
 
-    # -- running ------------------------------------------------------------------------------------------
 
-    def _run(self, variant: _Variant, given: _Given) -> Any:
-        slots, session = _slots(variant.recording, given, self._optimizers)
-        outs = [Slot(session) for _ in variant.program.outputs]
-        _send(variant.program, variant.digest, variant.numbers, variant.draws, slots, outs, session, self._defined)
-        if session.synchronous:
-            session.describe(outs)
-        return _bind(variant.recording, given, outs)
+# -- one recording, renewed as numbers change ---------------------------------------------------------------
+
+
+class _Variant:
+    """A recording whose program may have numbers. `groups` says where they stand: places with one index are given the
+    same number."""
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.base = self.program = recording.program  # `base` has constants where `program` has numbers
+        self.digest = self.program.digest
+        self.numbers: tuple[float, ...] = ()
+        self.groups: dict[_Where, int] = {}
+
+    def is_current(self) -> bool:
+        """Whether the optimizers' settings are what they were."""
+        return self.recording.settings == settings_of(self.recording.optimizers)
+
+    def renew(self, fresh: Recording) -> bool:
+        """Go on with a recording of a later time. False, and nothing changed, if it differs by more than numbers."""
+        varied = _differences(self.base, fresh.program)
+        if varied is None:
+            return False
+        known = [*self.groups, *(where for where in varied if where not in self.groups)]
+        found: dict[tuple[Any, ...], int] = {}
+        groups: dict[_Where, int] = {}
+        for where in known:
+            now, before = _at(fresh.program, where), _at(self.base, where)
+            kept = self.groups.get(where, repr(before))
+            groups[where] = found.setdefault((kept, repr(now)), len(found))
+        if groups != self.groups:
+            try:
+                program = _with_groups(self.base, groups)
+            except ProgramError:  # a number that may not be one: it decides a shape
+                return False
+            self.program, self.digest, self.groups = program, program.digest, groups
+        numbers = {index: _at(fresh.program, where) for where, index in groups.items()}
+        self.numbers = tuple([numbers[index] for index in range(len(numbers))])
+        self.recording = fresh
+        return True
+
+
+def _arguments(call: Call) -> Iterator[tuple[int | str, Arg]]:
+    yield from enumerate(call.args)
+    yield from call.kwargs.items()
+
+
+def _at(program: Program, where: _Where) -> Any:
+    number, which = where
+    call = program.calls[number]
+    return call.args[which] if isinstance(which, int) else call.kwargs[which]
+
+
+def _differences(one: Program, other: Program) -> list[_Where] | None:
+    """Where two programs have different floats; `None` if they differ in anything else."""
+    if one.inputs != other.inputs or one.outputs != other.outputs or len(one.calls) != len(other.calls):
+        return None
+    found: list[_Where] = []
+    for number, (here, there) in enumerate(zip(one.calls, other.calls, strict=True)):
+        if here == there:
+            continue
+        if (here.op, here.outs, len(here.args), here.kwargs.keys()) != (
+            there.op, there.outs, len(there.args), there.kwargs.keys(),
+        ):  # fmt: skip
+            return None
+        for which, arg in _arguments(here):
+            now = there.args[which] if isinstance(which, int) else there.kwargs[which]
+            if type(arg) is float and type(now) is float:
+                if repr(arg) != repr(now):
+                    found.append((number, which))
+            elif type(arg) is not type(now) or arg != now:
+                return None
+    return found
+
+
+def _with_groups(base: Program, groups: dict[_Where, int]) -> Program:
+    """The program with a number at each place of a group. Raises `ProgramError` where none may stand."""
+    first = 1 + max([*(item.id for item in base.inputs), *(out for call in base.calls for out in call.outs)], default=0)
+    calls = list(base.calls)
+    names: dict[int, str] = {}
+    for (number, which), index in groups.items():
+        call = calls[number]
+        ref = Ref(first + index)
+        args = tuple([ref if at == which else arg for at, arg in enumerate(call.args)])
+        calls[number] = Call(
+            call.op, args, {name: ref if name == which else arg for name, arg in call.kwargs.items()}, call.outs
+        )
+        params = [param.name for param in operator(call.op).params if not param.keyword]
+        names.setdefault(index, f"{which if isinstance(which, str) else params[which]}{index + 1}")
+    program = Program(
+        base.inputs, tuple(calls), base.outputs, tuple([(name, first + at) for at, name in sorted(names.items())])
+    )
+    check(program)
+    return program
+
+
+@contextmanager
+def _counted(recording: Recording) -> Iterator[None]:
+    """Within: optimizers count as if the recorded step had been taken."""
+    before = [
+        (effect, effect.place.optimizer.state[effect.place.parameter]) for effect in recording.effects if effect.local
+    ]
+    kept = [(state, effect.place.name, state[effect.place.name]) for effect, state in before]
+    for effect, state in before:
+        state[effect.place.name] = effect.local.value  # type: ignore[union-attr]  # those that have one
+    try:
+        yield
+    finally:
+        for state, name, value in kept:
+            state[name] = value
+
+
+# -- running ----------------------------------------------------------------------------------------------
+
+
+_defined: weakref.WeakKeyDictionary[Session, set[str]] = weakref.WeakKeyDictionary()
+
+
+def _run_recording(variant: _Variant, given: Given) -> Any:
+    recording = variant.recording
+    slots = _slots(recording, given)
+    session = slots[0].session
+    outs = [Slot(session) for _ in variant.program.outputs]
+    for _ in range(recording.draws):
+        session.seed()
+    _send(variant.program, variant.digest, variant.numbers, slots, outs)
+    for effect in recording.effects:
+        _take_effect(effect, given, outs)
+    results = [_result(item, given, outs) for item in recording.results]
+    return tree_unflatten(results, recording.structure)
+
+
+def _send(program: Program, digest: str, numbers: tuple[float, ...], slots: list[Slot], outs: list[Slot]) -> None:
+    """Queue one run, after the program itself if this session has not seen it."""
+    session = slots[0].session
+    known = _defined.setdefault(session, set())
+    if digest not in known:
+        session.tell(Define(program))
+        known.add(digest)
+    session.tell(Run(digest, tuple([slot.id for slot in slots]), tuple([out.id for out in outs]), numbers))
+    if session.synchronous:
+        session.describe(outs)
+    elif session.transport.remote:
+        session.flush()  # a run is work for many calls: the worker begins now
+
+
+def _slots(recording: Recording, given: Given) -> list[Slot]:
+    """The slots of a recording's inputs, all of one session. What an optimizer keeps follows its parameters."""
+    found = [_pointer(place, given) for place in recording.sources]
+    slots = [pointer._slot for pointer in found if type(pointer) is PointerTensor]
+    if not slots:
+        raise UsageError("none of the tensors is at a worker: .send(worker) them, and the modules, before the call")
+    session = slots[0].session
+    if len(slots) == len(found) and all(slot.session is session for slot in slots):
+        return slots
+    for optimizer in recording.optimizers:
+        follow(optimizer)
+    slots = []
+    for place, item in zip(recording.sources, recording.program.inputs, strict=True):
+        pointer = _pointer(place, given)
+        if type(pointer) is not PointerTensor or pointer._slot.session is not session:
+            where = f"at '{pointer.location.id}'" if isinstance(pointer, PointerTensor) else "here"
+            raise PlaceError(f"'{item.name}' is {where}, and others are at '{session.location.id}': .send() it there")
+        slots.append(pointer._slot)
+    return slots
+
+
+def _pointer(place: Place, given: Given) -> Any:
+    if place.kind == "leaf":
+        return given.leaves[place.leaf]
+    if place.kind == "grad":
+        return given.leaves[place.leaf].grad
+    return place.optimizer.state[place.parameter][place.name]
+
+
+def _take_effect(effect: Effect, given: Given, outs: list[Slot]) -> None:
+    place = effect.place
+    value = None if effect.out is None else point(PointerTensor, outs[effect.out], effect.spec)  # type: ignore[arg-type]  # an output has a type
+    if place.kind == "grad":
+        given.leaves[place.leaf].grad = value
+    elif place.kind == "leaf":
+        given.leaves[place.leaf]._slot = outs[effect.out]  # type: ignore[attr-defined,index]  # a leaf's is an output
+    else:
+        _keep(place.optimizer.state[place.parameter], place.name, effect, value)
+
+
+def _keep(state: dict[str, Any], name: str, effect: Effect, value: PointerTensor | None) -> None:
+    """Put a new entry of an optimizer's state. Its own counters stay the objects that they are."""
+    if value is not None:
+        state[name] = value
+    elif effect.local is None:
+        state.pop(name, None)
+    elif isinstance(state.get(name), torch.Tensor) and isinstance(effect.local.value, torch.Tensor):
+        state[name].copy_(effect.local.value)
+    else:
+        local = effect.local.value
+        state[name] = local.clone() if isinstance(local, torch.Tensor) else local
+
+
+def _result(item: Any, given: Given, outs: list[Slot]) -> Any:
+    if isinstance(item, Plain):
+        return item.value
+    if isinstance(item, Place):
+        return given.leaves[item.leaf]
+    out, type_ = item
+    return point(PointerTensor, outs[out], type_)
+
+
+def run_program(
+    program: Program, inputs: Mapping[str, PointerTensor], numbers: Mapping[str, float] | None = None
+) -> dict[str, PointerTensor]:
+    """Run a program, as `load_program` gave it, on pointers by name; its outputs by name. Inputs that it updates are
+    changed in place. Raises `UsageError` for what is missing or has another type, `PlaceError` for two places."""
+    numbers = numbers or {}
+    wanted = {*(item.name for item in program.inputs), *(name for name, _ in program.numbers)}
+    if wanted != inputs.keys() | numbers.keys():
+        missing, other = (
+            sorted(wanted - inputs.keys() - numbers.keys()),
+            sorted((inputs.keys() | numbers.keys()) - wanted),
+        )
+        raise UsageError(f"the program's inputs are {', '.join(sorted(wanted))}; missing {missing}, not known {other}")
+    slots: list[Slot] = []
+    for item in program.inputs:
+        pointer = inputs[item.name]
+        if not isinstance(pointer, PointerTensor):
+            raise UsageError(f"input '{item.name}' is here: .send() it to a worker first")
+        if (pointer._spec.type.dtype, pointer._spec.type.shape) != (item.type.dtype, item.type.shape):
+            raise UsageError(f"input '{item.name}' is {item.type}, and was given {pointer._spec.type}")
+        if slots and pointer._slot.session is not slots[0].session:
+            here, there = pointer.location.id, slots[0].session.location.id
+            raise PlaceError(f"input '{item.name}' is at '{here}', and others are at '{there}': .move() it there")
+        slots.append(pointer._slot)
+    if not slots:
+        raise UsageError("a program without inputs has no worker to run at")
+    types = type_program(program)
+    session = slots[0].session
+    for _ in range(sum(operator(call.op).random for call in program.calls)):
+        session.seed()
+    outs = [Slot(session) for _ in program.outputs]
+    _send(program, program.digest, tuple([float(numbers[name]) for name, _ in program.numbers]), slots, outs)
+    return {
+        name: point(PointerTensor, out, spec(types[name])) for (name, _), out in zip(program.outputs, outs, strict=True)
+    }
+
+
+# -- the function -----------------------------------------------------------------------------------------
+
+
+def _parameter_names(fn: Callable[..., Any]) -> Callable[[int], str]:
+    """What a function's positional arguments are called."""
+    try:
+        parameters = list(inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "args")
+    return lambda at: names[at] if at < len(names) else f"{rest}[{at - len(names)}]"
+
+
+def _captured_modules(fn: Callable[..., Any]) -> list[tuple[str, nn.Module]]:
+    """Modules that a function names without being given them: a closure's, globals, its object's own."""
+    if isinstance(fn, nn.Module):
+        return [("module", fn)]
+    function = inspect.unwrap(fn.func if isinstance(fn, functools.partial) else fn)
+    try:
+        known = inspect.getclosurevars(function)
+    except (TypeError, ValueError):
+        return []
+    own = getattr(getattr(function, "__self__", None), "__dict__", {})
+    found = {**known.globals, **known.nonlocals, **own}
+    return [(name, value) for name, value in found.items() if isinstance(value, nn.Module)]

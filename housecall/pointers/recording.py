@@ -16,7 +16,7 @@ the function made are outputs, and have their places. What the function did to o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Literal, NamedTuple
@@ -44,7 +44,7 @@ __all__ = ["Effect", "Given", "Place", "Plain", "Recording", "recording_of", "se
 
 
 class Given:
-    """The arguments of one call: `leaves` are its tensors, each once, `parts` all else that decides what is recorded."""
+    """The arguments of one call: `leaves` are its tensors, each once; `parts`, all else that decides what is said."""
 
     def __init__(self) -> None:
         self.leaves: list[torch.Tensor] = []
@@ -118,7 +118,7 @@ def spec_of(tensor: torch.Tensor) -> Spec:
     return spec(TensorType(found.dtype, found.shape, found.stride, 0, "cpu", found.conj, found.neg))
 
 
-def settings_of(optimizers: list[torch.optim.Optimizer]) -> tuple[Any, ...]:
+def settings_of(optimizers: Iterable[torch.optim.Optimizer]) -> tuple[Any, ...]:
     """What the optimizers' groups say besides their parameters: learning rates and the like."""
     return tuple(
         [
@@ -243,7 +243,7 @@ class _Loan:
             hook = torch_optimizer.register_optimizer_step_pre_hook(self._adopt)
             stack.callback(hook.remove)
             # First of all such hooks: ours that brings strays would look for state at the tape.
-            torch_optimizer._global_optimizer_pre_hooks.move_to_end(hook.id, last=False)
+            torch_optimizer._global_optimizer_pre_hooks.move_to_end(hook.id, last=False)  # type: ignore[attr-defined]  # it is an OrderedDict
             yield
 
     def _stand(self, at: int, leaf: torch.Tensor) -> PointerTensor:
@@ -458,7 +458,7 @@ class _Harvest:
     # -- the program --------------------------------------------------------------------------------------
 
     def _program(self) -> tuple[Program, tuple[Place, ...]]:
-        """The calls with ids that count from 1: inputs, in the order of leaves, gradients, state, then what is bound."""
+        """The calls with ids that count from 1: inputs (leaves, gradients, state), then what is bound."""
         loan = self._loan
         made = {out for call in self._calls for out in call.outs}
         read = {ref for call in self._calls for arg in (*call.args, *call.kwargs.values()) for ref in refs(arg)}

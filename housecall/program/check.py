@@ -12,9 +12,10 @@ from .ops import Operator, Param, operator
 
 __all__ = ["arguments", "check", "check_call", "complete_arguments"]
 
-# What each kind of parameter takes. bool before int: Python's True is an int, a dimension is not a truth.
+# What each kind of parameter takes. bool before int: Python's True is an int, a dimension is not a truth. Where torch
+# takes one tensor it takes a number too (`mul.Tensor(x, 0.9)`), which has no dimensions and yields to x's dtype.
 _TAKES: dict[str, tuple[type, ...]] = {
-    "Tensor": (Ref,),
+    "Tensor": (Ref, bool, int, float, Complex),
     "int": (int,),
     "float": (int, float),
     "bool": (bool,),
@@ -158,6 +159,8 @@ def _check_argument(param: Param, arg: Arg) -> None:
 
 def _check_one(param: Param, arg: Arg) -> None:
     takes = _TAKES[param.kind]
+    if param.kind == "Tensor" and param.many:
+        takes = (Ref,)
     impostor = isinstance(arg, bool) and bool not in takes
     if impostor or not isinstance(arg, takes):
         raise ProgramError(f"'{param.name}' expects {param.kind}, found {type(arg).__name__} {arg!r}")

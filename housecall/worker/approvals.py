@@ -354,12 +354,14 @@ class Requests:
 
     def _approval(self, name: str) -> Approval | None:
         try:
-            approval = msgspec.json.decode(self._shelf.read(name), type=Approval)
+            text = self._shelf.read(name)
+            approval = msgspec.json.decode(text, type=Approval)
         except (OSError, ValueError) as error:
             log.warning("%s cannot be read, and does not count: %s", name, error)
             return None
-        # One file for one approval: a copy under another name would be counted anew.
-        if name == f"approvals/{approval.id}.json" and approval.genuine(self._public):
+        # One text and one file for one approval: a copy under another name would be counted anew.
+        whole = text == msgspec.json.encode(approval) and name == f"approvals/{approval.id}.json"
+        if whole and approval.genuine(self._public):
             return approval
         log.warning("%s is not what the owner signed, and does not count", name)
         return None
