@@ -20,12 +20,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import owner
 import torch
 import torch.nn.functional as F
+import wire
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-import wire
 
 import housecall as hc
 from housecall.cli._schools import Net
@@ -270,6 +270,7 @@ def table(quick: bool) -> str:
     rows.append(f"| peak memory / plain torch | **{ours / plain:.2f}** ({ours:.0f} against {plain:.0f} MB) | <= 1.3 |")
     rows.append(f"| slots left after 1,000 batches | **{slots()}** | 0 |")
     rows.extend(wire.rows(quick))
+    rows.extend(owner.rows(quick))
     hook.remove()
     return "\n".join(rows)
 
@@ -283,9 +284,9 @@ def page(rows: str) -> str:
     return f"""# Figures
 
 Written by `make bench`. Pointers and plain torch take turns in the same process, blocks of 20 batches each; a ratio
-is the median over the pairs of blocks. Peak memory: each in a process of its own, median of three. Workers in other processes
-are those of a `LocalCluster`: mutual TLS on loopback, one thread for each worker, for plain torch as well. They let glibc keep
-freed pages (`service.keep_memory`); plain torch runs here as it comes.
+is the median over the pairs of blocks. Peak memory: each in a process of its own, median of three. Workers in other
+processes are those of a `LocalCluster`: mutual TLS on loopback, one thread for each worker, for plain torch as well.
+They let glibc keep freed pages (`service.keep_memory`); plain torch runs here as it comes.
 
 {date.today():%Y-%m-%d}; {os.cpu_count()} cores ({cpu}), Python {platform.python_version()}, torch {torch.__version__},
 housecall {hc.__version__}; load average at the end {os.getloadavg()[0]:.1f}.

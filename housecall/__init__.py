@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .errors import (
         PlaceError as PlaceError,
     )
+    from .errors import PolicyError as PolicyError
     from .errors import (
         ProgramError as ProgramError,
     )
@@ -57,10 +58,14 @@ if TYPE_CHECKING:
     from .pointers.data import FederatedDataset as FederatedDataset
     from .pointers.hook import TorchHook as TorchHook
     from .pointers.owned import OwnedDataset as OwnedDataset
+    from .pointers.record import Recorded as Recorded
+    from .pointers.record import record as record
+    from .pointers.record import run_program as run_program
     from .pointers.tensor import PointerTensor as PointerTensor
     from .pointers.tensor import send as send
     from .program.call import Call as Call
     from .program.call import Program as Program
+    from .program.files import load_program as load_program
     from .remote import RemoteWorker as RemoteWorker
     from .remote import connect as connect
     from .virtual import VirtualWorker as VirtualWorker
@@ -86,9 +91,11 @@ _HOME = {
     "PlaceError": "errors",
     "PointerTensor": "pointers.tensor",
     "Policy": "worker.policy",
+    "PolicyError": "errors",
     "Program": "program.call",
     "ProgramError": "errors",
     "ProtocolError": "errors",
+    "Recorded": "pointers.record",
     "RemoteWorker": "remote",
     "SpentPointerError": "errors",
     "TorchHook": "pointers.hook",
@@ -97,6 +104,9 @@ _HOME = {
     "VirtualWorker": "virtual",
     "WorkerGone": "errors",
     "connect": "remote",
+    "load_program": "program.files",
+    "record": "pointers.record",
+    "run_program": "pointers.record",
     "send": "pointers.tensor",
 }
 

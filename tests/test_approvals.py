@@ -294,6 +294,17 @@ def test_of_threads_at_once_as_many_have_it_as_it_says(kept: Requests) -> None:
     assert sum(approval is not None for approval in had) == 3
 
 
+def test_uses_in_memory_are_counted_one_at_a_time(clock: Clock) -> None:
+    kept = Requests(None, KEY.public, clock=clock)
+    kept.approve(asked(kept).id, KEY)
+    shelf: Any = kept._shelf
+    write, held = shelf.write, []
+    shelf.write = lambda name, data: (held.append(shelf._lock.locked()), write(name, data))
+    assert spend(kept)
+    assert asked(kept, principal="bob")
+    assert held == [True, True]
+
+
 def _in_a_process(folder: str, public: bytes, start: Any, results: Any) -> None:
     kept = Requests(folder, public, clock=lambda: NOW)
     start.wait()

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ledger_crashes import BUDGETS
 from typer.testing import CliRunner
 
 from housecall.cli.ledger import ledger as command
@@ -40,8 +41,6 @@ from housecall.worker.journal import LAG, MAX_LINE, Line
 from housecall.worker.ledger import Account, Entry, Ledger, Privacy, Sealed
 from housecall.worker.policy import Budget
 from housecall.worker.spending import Reservation, Spending
-
-from ledger_crashes import BUDGETS
 
 NOON = datetime(2030, 1, 2, 12, 0, 0, 5, tzinfo=UTC)
 RELEASE = Entry(
@@ -133,19 +132,6 @@ class Contract:
         sealed = ledger.append(Entry("run", data_sets=["a"], privacy=Privacy(1, 0)))  # type: ignore[arg-type]
         assert sealed.entry == Entry("run", data_sets=("a",), privacy=Privacy(1.0, 0.0))
         assert list(ledger.entries()) == [sealed]
-        ledger.verify()
-
-    @settings(deadline=None, max_examples=50)
-    @given(st.lists(st.builds(Entry, st.just("request"), st.text(), st.lists(st.text()).map(tuple), details=st.text())))
-    def test_any_text_comes_back(self, entries: list[Entry]) -> None:
-        ledger = Ledger()
-        kept = []
-        for entry in entries:
-            try:
-                kept.append(ledger.append(entry).entry)
-            except LedgerError:
-                assert any("\ud800" <= char <= "\udfff" for char in str(entry))
-        assert [sealed.entry for sealed in ledger.entries()] == kept
         ledger.verify()
 
     def test_threads_append_one_after_the_other(self, make: Make) -> None:
@@ -332,6 +318,20 @@ def auditor(head: Head) -> Countersigned:
     key = Ed25519PrivateKey.from_private_bytes(b"a" * 32)
     public = key.public_key().public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     return countersign(head, "auditor 'ann'", public, key.sign, lambda: NOON)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.builds(Entry, st.just("request"), st.text(), st.lists(st.text()).map(tuple), details=st.text())))
+def test_any_text_comes_back(entries: list[Entry]) -> None:
+    ledger = Ledger()
+    kept = []
+    for entry in entries:
+        try:
+            kept.append(ledger.append(entry).entry)
+        except LedgerError:
+            assert any("\ud800" <= char <= "\udfff" for char in str(entry))
+    assert [sealed.entry for sealed in ledger.entries()] == kept
+    ledger.verify()
 
 
 # -- on the disk ------------------------------------------------------------------------------------------------------
@@ -716,7 +716,7 @@ def bounds(acknowledged: list[list[str]], begun: list[list[str]]) -> tuple[float
 def whole() -> Path:
     """A closed ledger in three files, with a countersigned head. Nobody changes it: `changed` copies."""
     folder = Path(tempfile.mkdtemp(prefix="ledger-"))
-    filled(folder, 6)
+    filled(folder, 8)
     account = Account(folder)
     account.keep(auditor(account.head()))
     return folder
@@ -751,7 +751,7 @@ def found(name: str, change: Callable[[bytes], bytes]) -> None:
 LINES = ["000001.jsonl", "000002.jsonl", "000003.jsonl", "heads.jsonl"]
 names = st.sampled_from(LINES)
 places = st.integers(0, 10_000)
-thorough = settings(deadline=None, max_examples=200)
+thorough = settings(deadline=None, max_examples=100)
 
 
 @thorough
@@ -768,6 +768,18 @@ def by_lines(data: bytes, change: Callable[[list[bytes]], None]) -> bytes:
     lines = data.splitlines(keepends=True)
     change(lines)
     return b"".join(lines)
+
+
+@pytest.mark.parametrize("name", ["countersigned.jsonl", "ledger.pub"])
+def test_every_byte_of_the_smaller_files_counts(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "clinic"
+    shutil.copytree(whole(), folder)
+    path = folder / "ledger" / name
+    data = path.read_bytes()
+    for at in range(len(data)):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(LedgerError):
+            Account(folder).verify()
 
 
 @thorough
@@ -827,7 +839,7 @@ def test_files_that_change_places_are_found(tmp_path: Path) -> None:
     one.rename(folder / "spare")
     two.rename(one)
     (folder / "spare").rename(two)
-    with pytest.raises(LedgerError, match=r"000001\.jsonl line 1 has entry 3, expected entry 1: it is missing"):
+    with pytest.raises(LedgerError, match=r"000001\.jsonl line 1 has entry 4, expected entry 1: it is missing"):
         Account(folder).verify()
 
 
@@ -1032,7 +1044,7 @@ def test_the_command_verifies(clinic: Path, tmp_path: Path) -> None:
 
 
 def test_a_scientist_countersigns_and_the_owner_keeps_it(clinic: Path, tmp_path: Path) -> None:
-    identity = Authority.create(tmp_path / "ca").identity("alice", "scientist").save(tmp_path / "alice.pem")
+    identity = Authority.create(tmp_path / "ca", "clinics").identity("alice", "scientist").save(tmp_path / "alice.pem")
     head, seen = tmp_path / "head.json", tmp_path / "seen.json"
     head.write_text(run("--folder", clinic, "--head"))
     with pytest.raises(UsageError, match="whose signature"):

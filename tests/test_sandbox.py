@@ -36,6 +36,7 @@ from housecall.sandbox.seccomp import Sockets
 from housecall.worker.config import Config, Sandbox
 
 NAMES = ("environment", "limits", "privileges", "system calls", "files", "network")
+PATIENCE = 60.0  # seconds
 EPERM, EACCES, ENOSYS, EFBIG = "EPERM", "EACCES", "ENOSYS", "EFBIG"
 
 PRELUDE = """
@@ -75,7 +76,8 @@ class Place:
         given = json.dumps({"folder": str(self.folder), "outside": str(self.outside), **options.pop("given", {})})
         return subprocess.run(
             [sys.executable, "-c", PRELUDE + code + LAST, given],
-            env=born_clean(os.environ) if env is None else env, capture_output=True, text=True, check=False, **options,
+            env=born_clean(os.environ) if env is None else env, capture_output=True, text=True, check=False,
+            timeout=PATIENCE, **options,
         )  # fmt: skip
 
     def said(self, code: str, **options: Any) -> tuple[Any, Report]:
@@ -345,7 +347,7 @@ answer = [tried(lambda: os.write(given["pipe"], b"x")), sys.stdin.read(), os.get
 """
     try:
         answer, report = place.said(
-            code, given={"pipe": writing}, pass_fds=(writing,), stdin=subprocess.PIPE, cwd=place.outside
+            code, given={"pipe": writing}, pass_fds=(writing,), input="typed", cwd=place.outside
         )
     finally:
         os.close(reading)
@@ -446,6 +448,24 @@ def seccomp_is_here(place: Place) -> None:
         pytest.skip("this kernel has no seccomp filters")
 
 
+@pytest.mark.parametrize("authority", ["", "127.0.0.1:7440", "authority.example:7440"])
+def test_what_the_kernel_has_is_in_force(place: Place, authority: str) -> None:
+    """Else a mistake of ours would make the tests above skip."""
+    code = """
+try:
+    version = landlock.version()
+except OSError:
+    version = 0
+answer = [version, "Seccomp:" in Path("/proc/self/status").read_text() and kernel.architecture() is not None]
+go(authority=given["authority"])
+"""
+    (version, filters), report = place.said(code, given={"authority": authority})
+    expected = {"environment", "limits", "privileges", *["system calls"] * filters, *["files"] * (version >= 1)}
+    network = filters and (not authority or version >= 4)
+    assert {one.name for one in report.protections if one.active} == {*expected, *["network"] * network}
+    assert tuple(one.name for one in report.protections) == NAMES
+
+
 @pytest.mark.usefixtures("seccomp_is_here")
 @pytest.mark.parametrize(
     ("absent", "missing", "why"),
@@ -489,14 +509,16 @@ def toml(settings: dict[str, Any]) -> str:
 
 def test_threads_that_ran_before_are_said(place: Place) -> None:
     code = """
-stop = threading.Event()
-thread = threading.Thread(target=stop.wait); thread.start()
+stop, forked = threading.Event(), []
+thread = threading.Thread(target=lambda: stop.wait() and forked.append(tried(lambda: os.fork() or os._exit(0))))
+thread.start()
 go()
 stop.set(); thread.join()
-answer = tried(lambda: (outside / "secret").read_text())
+answer = [tried(lambda: (outside / "secret").read_text()), *forked]
 """
-    answer, report = place.said(code)
+    (answer, forked), report = place.said(code)
     assert not report["files"].active
+    assert not report["system calls"].active or forked == EPERM  # a filter is for every thread
     assert answer in (EACCES, "the owner's diary")
     if answer == EACCES:
         assert "2 threads ran already" in report["files"].detail
@@ -612,7 +634,8 @@ def test_the_filter(machine: Architecture, sockets: Sockets | None) -> None:
 def test_the_list_is_not_shorter_than_it_was_meant() -> None:
     """What root may do is refused twice, here and for want of capabilities: no attempt above would notice."""
     assert set(seccomp.REFUSED) >= {
-        "acct", "add_key", "bpf", "chroot", "delete_module", "execve", "execveat", "finit_module", "fork", "fsconfig",
+        "acct", "add_key", "bpf", "chmod", "chown", "chroot", "fchmodat", "fchmodat2", "fchown", "fchownat", "lchown",
+        "setxattr", "delete_module", "execve", "execveat", "finit_module", "fork", "fsconfig",
         "fsmount", "fsopen", "init_module", "io_uring_enter", "io_uring_register", "io_uring_setup", "kexec_file_load",
         "kexec_load", "keyctl", "mount", "mount_setattr", "move_mount", "open_by_handle_at", "open_tree",
         "perf_event_open", "pidfd_getfd", "pidfd_send_signal", "pivot_root", "process_madvise", "process_vm_readv",

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..errors import ProtocolError, SpentPointerError, UsageError
+from ..errors import SpentPointerError, UsageError
 from ..program.outcome import Spec, spec
 from ..program.typing import DTYPES
 from ..wire.codec import ITEM_BYTES
@@ -87,8 +87,6 @@ class PointerTensor(torch.Tensor):
             slots.append(grad._slot)
         values = session.fetch(slots)
         value = values[0]
-        if value.shape != self.shape or value.dtype != self.dtype:
-            raise ProtocolError(f"'{session.location.id}' gave {value.dtype}{list(value.shape)} for {self!r}")
         if self.is_leaf and self.requires_grad:
             value.requires_grad_()
             value.grad = values[1] if len(values) > 1 else grad

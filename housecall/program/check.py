@@ -12,8 +12,8 @@ from .ops import Operator, Param, operator
 
 __all__ = ["arguments", "check", "check_call", "complete_arguments"]
 
-# What each kind of parameter takes. bool before int: Python's True is an int, a dimension is not a truth. Where torch
-# takes one tensor it takes a number too (`mul.Tensor(x, 0.9)`), which has no dimensions and yields to x's dtype.
+# What each kind of parameter takes. bool before int: Python's True is an int, a dimension is not a truth. Beside a
+# tensor, torch takes a number where one more may stand (`mul.Tensor(x, 0.9)`): it has no dimensions, and no dtype.
 _TAKES: dict[str, tuple[type, ...]] = {
     "Tensor": (Ref, bool, int, float, Complex),
     "int": (int,),
@@ -159,7 +159,7 @@ def _check_argument(param: Param, arg: Arg) -> None:
 
 def _check_one(param: Param, arg: Arg) -> None:
     takes = _TAKES[param.kind]
-    if param.kind == "Tensor" and param.many:
+    if param.kind == "Tensor" and (param.many or param.writes or param.name == "self"):
         takes = (Ref,)
     impostor = isinstance(arg, bool) and bool not in takes
     if impostor or not isinstance(arg, takes):

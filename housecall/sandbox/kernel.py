@@ -89,7 +89,7 @@ def syscall(name: str, *arguments: int) -> int:
 
 
 def prctl(option: int, *arguments: int) -> int:
-    """prctl(2). Raises `OSError`."""
+    """What prctl(2) does. Raises `OSError`."""
     if not sys.platform.startswith("linux"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     four = (*arguments, 0, 0, 0, 0)[:4]

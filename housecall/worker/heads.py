@@ -15,7 +15,6 @@ its place, fails `verify(extends=head)`. A countersigned head shows the same to 
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +41,8 @@ MAX_TEXT = 16 << 10  # of a head or a countersigned one, as text: common ones ha
 
 Hex32 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Hex64 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{128}\Z")]
-Base64 = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9+/]+={0,2}\Z", max_length=1024)]
+# Hexadecimal, not base64: that has several texts for one value, and a changed text must be found.
+Hex = Annotated[str, Meta(pattern=r"\A([0-9a-f]{2})+\Z", max_length=1024)]
 Time = Annotated[datetime, Meta(tz=True)]
 
 
@@ -125,21 +125,21 @@ class Head(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="head", 
 
 class Countersigned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="countersigned", tag_field="kind"):
     """A head that somebody else saw and signed as well: `by` says who, `time` when, as they say themselves. `key` is
-    their public key (SubjectPublicKeyInfo in DER form, base64), Ed25519 or P-256.
+    their public key (SubjectPublicKeyInfo in DER form), Ed25519 or P-256. Bytes are hexadecimal.
 
     Whether that key is theirs, a certificate must say: nothing here knows."""
 
     head: Head
     by: Annotated[str, Meta(min_length=1, max_length=200)]
     time: Time
-    key: Base64
-    signature: Base64
+    key: Hex
+    signature: Hex
 
     def is_signed(self) -> bool:
         """Whether the holder of `key` signed exactly this."""
         try:
-            key = serialization.load_der_public_key(base64.b64decode(self.key))
-            signature = base64.b64decode(self.signature)
+            key = serialization.load_der_public_key(bytes.fromhex(self.key))
+            signature = bytes.fromhex(self.signature)
             if isinstance(key, Ed25519PublicKey):
                 key.verify(signature, _seen(self.head, self.by, self.time))
             elif isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
@@ -171,8 +171,8 @@ def countersign(
     if not head.signed_by(bytes.fromhex(head.key)):
         raise LedgerError(f"the head of entry {head.sequence} is not signed by the key that it names: do not sign it")
     time = clock().astimezone(UTC)
-    signature = base64.b64encode(sign(_seen(head, by, time))).decode()
-    made = Countersigned(head, by, time, base64.b64encode(public).decode(), signature)
+    signature = sign(_seen(head, by, time)).hex()
+    made = Countersigned(head, by, time, public.hex(), signature)
     return Countersigned.parse(made.text())
 
 

@@ -166,9 +166,9 @@ class Plan:
             for number, function, arguments_of, out, dead in self._steps:  # noqa: B007  # read when one fails
                 result = function(*arguments_of(registers))
                 if out.__class__ is int:
-                    registers[out] = result  # type: ignore[index]  # the line above says so
+                    registers[out] = result
                 else:
-                    for at, register in out:  # type: ignore[union-attr]  # as above
+                    for at, register in out:  # type: ignore[union-attr]  # not an int
                         if result[at] is None:
                             raise ProgramError("a result that is read later is none")
                         registers[register] = result[at]

@@ -17,13 +17,12 @@ import torch
 
 from ..errors import ProgramError
 from ..program.call import HOLE, Call, refs
-from ..program.flow import written
 from ..program.forecast import result_types, shown_by_shape
 from ..program.ops import operator
 from ..program.run import Randomness, execute
 from ..types import Label
 from .history import History
-from .store import Store
+from .store import Store, writes
 
 __all__ = ["FAILED", "check_private", "run_private"]
 
@@ -39,13 +38,17 @@ def check_private(call: Call, label: Label, store: Store) -> None:
             f"{call.op} on data of the worker's owner ({label}) was refused: the shape of what it gives depends on "
             "elements. Say what you need with a fixed shape (`where` and a sum, in place of a mask and an index)"
         )
+    rules = operator(call.op)
+    if not rules.writes and writes(call):  # else the meter does
+        store.write(call)
 
 
 def run_private(call: Call, label: Label, failed: bool, store: Store, randomness: Randomness, history: History) -> None:
     """Run a call whose arguments have a label, and label what it gives and writes. Raises nothing."""
-    writes = written(call, operator(call.op))
+    written = [ref for _, ref in writes(call)]
     read = [ref for arg in (*call.args, *call.kwargs.values()) for ref in refs(arg)]
-    history.add(call, {ref: store.specs[ref].type for ref in read})
+    if operator(call.op).random:  # how much it drew may depend on elements
+        store.drawn = store.drawn | label
     try:
         execute(call, store, randomness)
     except Exception as error:  # whatever it is, it stays here
@@ -56,7 +59,8 @@ def run_private(call: Call, label: Label, failed: bool, store: Store, randomness
         if out in store:  # else a hole
             store.count(out, store[out])
     store.pop(HOLE, None)
-    store.mark((*call.outs, *writes), label, failed=failed)
+    store.mark((*call.outs, *written), label, failed=failed)
+    history.add(call, {ref: store.specs[ref].type for ref in read}, store.cells, written)
 
 
 def _stand_in(call: Call, store: Store) -> None:

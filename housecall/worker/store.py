@@ -22,7 +22,12 @@ from ..program.typing import type_of
 from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Failure, Info, Tag
 
-__all__ = ["Cell", "Failed", "Missing", "Store"]
+__all__ = ["Cell", "Failed", "Missing", "Store", "writes"]
+
+# They write their running statistics, and torch's schemas do not say so.
+_UNSAID = frozenset(
+    f"{name}.default" for name in ("native_batch_norm", "batch_norm", "_batch_norm_impl_index", "instance_norm")
+)
 
 _address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
 
@@ -37,6 +42,13 @@ class Failed(Exception):
 
 class Missing(ProtocolError):
     """An id that this session does not hold."""
+
+
+def writes(call: Call) -> list[tuple[str, int]]:
+    """What a call writes to: the name of the parameter, and the id."""
+    unsaid = ("running_mean", "running_var") if call.op in _UNSAID else ()
+    pairs = arguments(operator(call.op), call)
+    return [(param.name, ref) for param, arg in pairs if param.writes or param.name in unsaid for ref in refs(arg)]
 
 
 class Cell:
@@ -69,6 +81,8 @@ class Store(dict[int, Any]):
         self.lent: dict[int, torch.Tensor] = {}  # by address of its storage, which is kept: addresses come again
         self.held = 0
         self.private = False  # whether anything here ever had a label
+        self.drawn = PUBLIC  # what the state of the random generator derives from
+        self.lives: dict[int, int] = {}  # of ids whose values the owner was asked for: how often each was freed
         self.turned_away: tuple[int, Failed] | None = None  # the first id that found no room, and why
         self._by_address: dict[int, Cell] = {}
 
@@ -118,6 +132,8 @@ class Store(dict[int, Any]):
                 cell = cells.get(ref)
                 if cell is not None and cell.label:
                     label, failed = label | cell.label, failed or cell.failed
+        if self.drawn and operator(call.op).random:
+            label = label | self.drawn
         return label, failed
 
     def mark(self, slots: Iterable[int], label: Label, *, failed: bool) -> None:
@@ -132,10 +148,11 @@ class Store(dict[int, Any]):
     def write(self, call: Call) -> None:
         """Before a call writes: refuse it for what the owner lends, or a view of it (`ProgramError`), and count it,
         also if it fails halfway: the values of this storage are others from now on."""
-        for param, arg in arguments(operator(call.op), call):
-            for cell in [self.cells[ref] for ref in refs(arg) if ref in self.cells] if param.writes else ():
-                if cell.address in self.lent:
-                    raise ProgramError(f"'{param.name}' is the owner's data, which is there to be read; clone it first")
+        for name, ref in writes(call):
+            cell = self.cells.get(ref)
+            if cell is not None and cell.address in self.lent:
+                raise ProgramError(f"'{name}' is the owner's data, which is there to be read; clone it first")
+            if cell is not None:
                 cell.writes += 1
 
     def drop(self, ref: int) -> None:
@@ -143,6 +160,8 @@ class Store(dict[int, Any]):
         self.pop(ref, None)
         if self.tags:
             self.tags.pop(ref, None)
+        if ref in self.lives:
+            self.lives[ref] += 1
         cell = self.cells.pop(ref, None)
         if cell is not None:
             del self.specs[ref]
@@ -154,6 +173,7 @@ class Store(dict[int, Any]):
     def clear(self) -> None:
         """Free every slot."""
         super().clear()
+        self.lives = {ref: life + 1 for ref, life in self.lives.items()}
         self.tags.clear()
         self.specs.clear()
         self.cells.clear()

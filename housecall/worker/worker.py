@@ -216,6 +216,8 @@ class WorkerSession:
                 opening = Opening(self.worker.gate, self.who)
                 results.append(Value(tuple(self._released(ref, opening) for ref in ids)))
             case Request(ids=ids, reason=reason):
+                if meter is not None:
+                    meter.check_question(ids)
                 results.append(self._request(ids, reason))
             case Status(request=request):
                 results.append(self.worker.gate.status(self.who, request))
@@ -225,6 +227,7 @@ class WorkerSession:
                 results.append(Types(tuple(self._described(ref) for ref in ids)))
             case Seed(state=state):
                 self.randomness.follow(state.data)
+                self.store.drawn = PUBLIC
             case Tag(id=ref):
                 if meter is not None:
                     meter.check_tag(message)
@@ -276,20 +279,26 @@ class WorkerSession:
         label, keys = PUBLIC, []
         for ref in ids:
             label = label | self.store.label(ref)
+            self.store.lives.setdefault(ref, 0)
             keys.append(self._key(ref))
         if self.meter is None or not label:
             raise UsageError("these values derive from nobody's data: fetch them, there is nothing to ask")
         digest = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
-        said = self.worker.gate.request(self.who, label, digest, text(self.meter.history.program(ids)), reason)
+        history = self.meter.history
+        program = text(history.program(ids, self.store))
+        if history.forgotten:
+            program = f"the first {history.forgotten:,} calls are forgotten: all below may derive from them\n{program}"
+        said = self.worker.gate.request(self.who, label, digest, program, reason)
         self.asked.update(dict.fromkeys(keys, digest))
         return said
 
     def _key(self, ref: int) -> str:
-        """What one value of one slot is called in requests: not the same after a write, nor in another session."""
+        """What one value of one slot is called in requests: not the same after a write, nor once the id was freed and
+        given anew, nor in another session."""
         cell = self.store.cells.get(ref)
         if cell is None:
             raise ProgramError(f"%{ref} holds no value")
-        return f"{self.id}/{ref}/{cell.writes}"
+        return f"{self.id}/{ref}/{self.store.lives.get(ref, 0)}/{cell.writes}"
 
     def _released(self, ref: int, opening: Opening) -> Array | Failure:
         value = self._held(ref)

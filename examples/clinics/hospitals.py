@@ -1,0 +1,29 @@
+"""Two hospitals for the story: a worker process each, over mutual TLS, with a table, its tags and its policy.
+
+This is the owners' side. In earnest each hospital does this on its own machine: `housecall worker init`, `add`, `policy
+sign`, `up` (`examples/two_machines.md`). Here `LocalCluster` does it for both, in a temporary folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from table import FILES, split, table
+
+import housecall as hc
+from housecall.worker.policy import Policy, Release, Use
+
+# The scientist may compute on the records with pointers. Nothing leaves, but what the owner approves, once.
+POLICY = Policy.open_to("me")
+
+
+@contextmanager
+def hospitals(data: Path | None = None) -> Iterator[hc.LocalCluster]:
+    """Both hospitals, running; they end with the block."""
+    with hc.LocalCluster(tuple(FILES)) as cluster:
+        for hospital in cluster:
+            (x, y), _ = split(table(hospital.id, data))
+            hospital.add("heart", x=x, y=y, tags=["#heart"], description="heart disease", policy=POLICY)
+        yield cluster
