@@ -1,4 +1,4 @@
-"""Recorded programs: the same in every bit as the calls that they were recorded from, at any worker; and what is refused."""
+"""Recorded programs: the same in every bit as the calls that they were recorded from; and what is refused."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from housecall.program.check import check
 from housecall.program.files import save_program
 from housecall.program.flow import flow
 from housecall.types import Label, Ref, TensorType
+from housecall.worker.policy import Policy, Use
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[..., Any]
@@ -507,7 +508,7 @@ def test_a_synchronous_worker_raises_at_the_line() -> None:
 def test_owned_data_labels_what_comes_of_it() -> None:
     worker = hc.VirtualWorker(id="a")
     x, y = torch.randn(6, 1, 8, 8), torch.randint(0, 3, (6,))
-    worker.add("scans", x=x, y=y, policy=hc.Policy(interactive=("*",)) if hasattr(hc.Policy(), "interactive") else None)
+    worker.add("scans", x=x, y=y, policy=Policy(use=Use(interactive=("*",))))
     torch.manual_seed(0)
     model: Any = mlp()
     optimizer = optim.Adam(model.parameters())

@@ -16,7 +16,7 @@ import housecall as hc
 from housecall.worker.policy import Policy, Release, Use
 
 # The scientist may compute on the records with pointers. Nothing leaves, but what the owner approves, once.
-POLICY = Policy.open_to("me")
+POLICY = Policy(use=Use(interactive=("scientist/me",)), release=Release(approvals=True))
 
 
 @contextmanager

@@ -3,8 +3,8 @@
     python train.py [--data FOLDER]             her side, and the owners answer in processes of their own
     python train.py --ask                       you answer for them, in other terminals: the commands are printed
 
-She finds the tables by tag, tries to take a column and is refused, trains the same model at each hospital, asks for
-both, waits, averages them at home (McMahan et al. 2017, one round), and tests on rows of her own.
+She finds the tables by tag, tries to take a column and is refused, trains the same model at each hospital by a recorded
+step, asks for both, waits, averages them at home (McMahan et al. 2017, one round), and tests on rows of her own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from housecall.worker.ledger import Account, Sealed
 HERE = Path(__file__).parent
 WHY = "two hospitals' models, averaged once: parameters of a logistic regression, no losses, no gradients"
 EPOCHS = 8
+BATCH = 64
 
 
 class Story(NamedTuple):
@@ -44,15 +45,21 @@ class Story(NamedTuple):
 
 
 def train(model: nn.Module, heart: Any) -> torch.optim.Optimizer:
-    """The article's loop, at one hospital."""
+    """The article's loop, at one hospital. Its step is recorded, once for each size of batch: a run is one message."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    loader = hc.FederatedDataLoader(heart, batch_size=64, shuffle=True)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss = F.binary_cross_entropy_with_logits(model(x).squeeze(1), y)
+        loss.backward()
+        optimizer.step()
+
+    # Types are enough to record it: no record is touched, and it can be printed and read before anything runs.
+    recorded = hc.record(step, torch.empty(BATCH, len(COLUMNS), device="meta"), torch.empty(BATCH, device="meta"))
+    loader = hc.FederatedDataLoader(heart, batch_size=BATCH, shuffle=True)
     for _ in range(EPOCHS):
         for x, y in loader:
-            optimizer.zero_grad()
-            loss = F.binary_cross_entropy_with_logits(model(x).squeeze(1), y)
-            loss.backward()
-            optimizer.step()
+            recorded(x, y)
     return optimizer
 
 

@@ -10,7 +10,7 @@ from ..types import Ref, TensorType
 from .call import HOLE, Arg, Call, Complex, Items, Program, Symbol, call_text, refs
 from .ops import Operator, Param, operator
 
-__all__ = ["arguments", "check", "check_call", "complete_arguments"]
+__all__ = ["arguments", "check", "check_call", "complete_arguments", "written_by"]
 
 # What each kind of parameter takes. bool before int: Python's True is an int, a dimension is not a truth. Beside a
 # tensor, torch takes a number where one more may stand (`mul.Tensor(x, 0.9)`): it has no dimensions, and no dtype.
@@ -90,17 +90,17 @@ def _check_binding(
             raise ProgramError(f"%{out} is bound already; bind each id once")
     rules = operator(call.op)
     pairs = {param.name: (param, arg) for param, arg in arguments(rules, call)}
-    for param, arg in pairs.values():
+    for param, arg in written_by(rules, call):
         # A stored program that writes to its inputs would leak one run into the next, unless it says so.
-        given = {root for ref in refs(arg) for root in shares.get(ref, ())} if param.writes else set()
+        given = {root for ref in refs(arg) for root in shares.get(ref, ())}
         if given - updated:
             raise ProgramError(
                 f"'{param.name}' is an input of the program, or a view of one, and would be written; clone it first"
             )
-        if given and (rules.reshapes or not rules.in_place):
+        if given and (rules.reshapes or param.keyword):
             raise ProgramError(
-                f"'{param.name}' is an input of the program, or a view of one, and its size might be changed; only "
-                "operators that change elements in place may write to one"
+                f"'{param.name}' is an input of the program, or a view of one, and its size might be changed: write "
+                "to one with operators that change elements only"
             )
     sources = [pairs[item.view_of][1] for item in rules.returns if item.view_of in pairs]
     roots: set[int] = set()
@@ -142,6 +142,13 @@ def arguments(rules: Operator, call: Call) -> list[tuple[Param, Arg]]:
             raise ProgramError(f"unexpected argument '{name}'; the schema is {rules.schema}")
         pairs.append((by_name[name], arg))
     return pairs
+
+
+def written_by(rules: Operator, call: Call) -> list[tuple[Param, Arg]]:
+    """The arguments that a call writes to in place, each beside its parameter."""
+    pairs = arguments(rules, call)
+    flags = {param.name: arg for param, arg in pairs if arg is False}
+    return [(param, arg) for param, arg in pairs if param.writes and param.if_ not in flags]
 
 
 def _check_argument(param: Param, arg: Arg) -> None:

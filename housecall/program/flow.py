@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from ..types import PUBLIC, Label
 from .call import HOLE, Call, Input, Program, refs, with_numbers
-from .check import arguments, check
+from .check import arguments, check, written_by
 from .ops import Operator, operator
 
 __all__ = ["flow", "input_writes", "label_of", "shows_elements", "written"]
@@ -43,7 +43,7 @@ def label_of(call: Call, labels: Mapping[int, Label]) -> Label:
 
 def written(call: Call, rules: Operator) -> list[int]:
     """The ids that a call writes to in place."""
-    return [ref for param, arg in arguments(rules, call) if param.writes for ref in refs(arg)]
+    return [ref for _, arg in written_by(rules, call) for ref in refs(arg)] if rules.writes else []
 
 
 def input_writes(program: Program) -> Iterator[tuple[int, Input]]:

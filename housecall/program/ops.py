@@ -31,7 +31,8 @@ Kind = Literal[
 
 
 class Param(msgspec.Struct, frozen=True):
-    """One parameter of an operator. `writes`: the operator changes this tensor in place."""
+    """One parameter of an operator. `writes`: the operator changes this tensor in place, but not where the flag `if_`,
+    if it is named, is false."""
 
     name: str
     kind: Kind
@@ -41,6 +42,7 @@ class Param(msgspec.Struct, frozen=True):
     writes: bool = False
     keyword: bool = False
     required: bool = True
+    if_: str = ""
 
 
 class Return(msgspec.Struct, frozen=True):
@@ -99,12 +101,32 @@ def _named(text: str) -> str:
     return text if "." in text else f"{text}.default"
 
 
+# Operators that write to these two though their schemas do not say so, with the flag that makes them do it.
+_STATISTICS = frozenset(("running_mean", "running_var"))
+_UNSAID = {
+    "_batch_norm_impl_index": "training",
+    "batch_norm": "training",
+    "batch_norm_gather_stats": "",
+    "batch_norm_gather_stats_with_counts": "",
+    "batch_norm_update_stats": "",
+    "instance_norm": "use_input_stats",
+    "native_batch_norm": "training",
+}
+
+
+def _unsaid(name: str, param: Param) -> Param:
+    flag = _UNSAID.get(name.partition(".")[0])
+    if flag is None or param.name not in _STATISTICS:
+        return param
+    return msgspec.structs.replace(param, writes=True, if_=flag)
+
+
 @functools.cache
 def _parse(line: str) -> Operator:
     schema, _, marks = line.partition("  # ")
     name, _, rest = schema.partition("(")
     params_text, _, returns_text = rest.rpartition(" -> ")
-    params = tuple(_params(_split(params_text.strip().removesuffix(")"))))
+    params = tuple([_unsaid(name, param) for param in _params(_split(params_text.strip().removesuffix(")")))])
     owners = {alias[1]: param for alias, param in zip(_aliases(params_text), params, strict=True) if alias}
     return Operator(
         name=_named(name),

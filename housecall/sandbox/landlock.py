@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from .kernel import prctl, reason, syscall, threads
 
-__all__ = ["Access", "restrict", "version"]
+__all__ = ["Access", "restrict", "trees", "version"]
 
 # linux/landlock.h: what may be done with files ...
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3

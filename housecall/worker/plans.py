@@ -353,7 +353,7 @@ class _Metered:
                     raise LimitError(f"this session has used up its {limit:,g} s of computing time")
                 meter.call(self._placed(call))
                 for ref in plan.last.get(number, ()):
-                    if ref not in self._given:
+                    if ref in self._slots and ref not in self._given:  # else a number, or an input
                         self._drop(self._slots[ref])
             self._bind_outputs()
         except Exception as error:

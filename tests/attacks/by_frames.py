@@ -67,7 +67,8 @@ for _name, _call in DERIVED.items():
     }.get(_name, ())
     if _name == "equal":  # a truth about private elements is refused before it is a value
         continue
-    named(f"raw_get_of_{_name}", _derived(*_steps, _call), "door", "labels")
+    _views = ("detach", "t", "expand", "select", "slice", "unfold", "view", "diagonal", "alias", "split", "unsqueeze")
+    named(f"raw_get_of_{_name}", _derived(*_steps, _call), "door", "aliases" if _name in _views else "labels")
 named("raw_get_of_the_column", lambda world: world.taken(1), "door")
 named("raw_get_in_a_long_list", lambda world: world.taken(*([1] * 5000)), "door")
 
@@ -150,12 +151,18 @@ def _overwritten(*calls: Call) -> Any:
 named("overwrites_the_owners_data", _overwritten(Call("zero_.default", (X,), {}, ())), "lent")
 named(
     "overwrites_a_view_of_the_owners_data",
-    _overwritten(call("t.default", X), Call("copy_.default", (Ref(10), Ref(10)), {}, ()), Call("zero_.default", (Ref(10),), {}, ())),
+    _overwritten(
+        call("t.default", X),
+        Call("copy_.default", (Ref(10), Ref(10)), {}, ()),
+        Call("zero_.default", (Ref(10),), {}, ()),
+    ),
     "lent",
 )
 named("overwrites_the_owners_data_by_out", _overwritten(Call("add.out", (MINE, MINE), {"out": X}, ())), "lent")
 named(
-    "overwrites_the_owners_data_by_foreach", _overwritten(Call("_foreach_zero_.default", (Items((X,)),), {}, ())), "lent"
+    "overwrites_the_owners_data_by_foreach",
+    _overwritten(Call("_foreach_zero_.default", (Items((X,)),), {}, ())),
+    "lent",
 )
 named(
     "overwrites_the_owners_data_by_statistics",
@@ -165,7 +172,6 @@ named(
     ),
     "unsaid writes",
 )
-named("overwrites_the_owners_data_by_put", _overwritten(), )  # see `puts_onto_a_bound_id`
 
 
 # -- shapes, errors, and refusals -----------------------------------------------------------------------------
@@ -207,7 +213,7 @@ SHAPES: dict[str, tuple[torch.Tensor, torch.Tensor, tuple[Call, ...]]] = {
     "narrow_by_a_private_start": (
         GOOD,
         GOOD + 1,
-        (call("slice.Tensor", Y, 0, 0, 1, outs=(9,)), call("narrow.Tensor", MINE, 0, Ref(9), 1)),
+        (call("select.int", Y, 0, 0, outs=(9,)), call("narrow.Tensor", MINE, 0, Ref(9), 1)),
     ),
     "tensor_split": (
         GOOD,
@@ -221,7 +227,15 @@ SHAPES: dict[str, tuple[torch.Tensor, torch.Tensor, tuple[Call, ...]]] = {
     "combinations": (GOOD, BAD, (call("combinations.default", Y),)),
     "a_polynomials_degree": (GOOD, BAD * 10**9, (call("special_hermite_polynomial_h.default", Y, Y),)),
 }
-_ALIKE = {"equal", "item", "local_scalar", "histogram", "combinations", "tensor_split"}  # as shapes or failures go
+_ALIKE = {
+    "equal",
+    "item",
+    "local_scalar",
+    "histogram",
+    "combinations",
+    "tensor_split",
+    "a_polynomials_degree",
+}  # two guards
 for _name, (_first, _second, _calls) in SHAPES.items():
     named(
         f"shape_of_{_name}",
@@ -244,8 +258,18 @@ LIKE: dict[str, tuple[torch.Tensor, torch.Tensor, bool, tuple[Call, ...]]] = {
     "index_put_": (GOOD, BAD, True, (Call("index_put_.default", (MINE, Items((Y,)), Ref(6)), {}, ()),)),
     "division_by_zero": (GOOD + 1, GOOD * 0, True, (call("floor_divide.default", Y, Y),)),
     "negative_power": (GOOD, -GOOD, True, (call("pow.Tensor_Tensor", Y, Y),)),
-    "cholesky": (SQUARE, -SQUARE, False, (call("slice.Tensor", X, 0, 0, 4, outs=(9,)), call("linalg_cholesky.default", Ref(9)))),
-    "inverse": (SQUARE, ZEROS, False, (call("slice.Tensor", X, 0, 0, 4, outs=(9,)), call("linalg_inv.default", Ref(9)))),
+    "cholesky": (
+        SQUARE,
+        -SQUARE,
+        False,
+        (call("slice.Tensor", X, 0, 0, 4, outs=(9,)), call("linalg_cholesky.default", Ref(9))),
+    ),
+    "inverse": (
+        SQUARE,
+        ZEROS,
+        False,
+        (call("slice.Tensor", X, 0, 0, 4, outs=(9,)), call("linalg_inv.default", Ref(9))),
+    ),
     "binary_cross_entropy": (ZEROS, ZEROS - 1, False, (call("binary_cross_entropy.default", X, Ref(6)),)),
     "multinomial": (ZEROS + 1, ZEROS - 1, False, (call("multinomial.default", X, 1),)),
     "bernoulli": (ZEROS, ZEROS + 2, False, (call("bernoulli.default", X),)),
@@ -253,12 +277,22 @@ LIKE: dict[str, tuple[torch.Tensor, torch.Tensor, bool, tuple[Call, ...]]] = {
 }
 for _name, (_first, _second, _integers, _calls) in LIKE.items():
     _tells = _telling(_first, _second, *_calls, call("add.Tensor", Ref(10), 1.0, outs=(20,)), labels=_integers)
-    named(f"error_of_{_name}", _tells, *(() if _name in ("negative_power",) else ("hidden failures",)))
+    named(
+        f"error_of_{_name}",
+        _tells,
+        *(() if _name in ("negative_power", "one_hot_with_classes") else ("hidden failures",)),
+    )
 
 for _name, _special in {"nan": float("nan"), "inf": float("inf"), "-0": -0.0, "denormal": 1e-42}.items():
     named(
         f"values_with_{_name}_look_alike",
-        _telling(ZEROS, ZEROS + _special, call("sum.default", X), call("div.Tensor", MINE, X, outs=(11,))),
+        _telling(
+            ZEROS,
+            torch.full((6, 4), _special),
+            call("sum.default", X),
+            call("copysign.Tensor", Ref(6), X, outs=(11,)),
+            Fetch((11,)),
+        ),
         "door",
     )
 named("refusals_depend_on_values", _telling(ZEROS, SECRET, call("exp.default", X), Fetch((1, 10, 2))), "door")
@@ -320,10 +354,12 @@ def attack_puts_onto_a_bound_id(world: World) -> Any:
 def attack_loads_onto_a_bound_id(world: World) -> Any:
     world.put(5, torch.zeros(2))
     world.frame(Load("heart", (5, 6)), Load("heart", (1, 2)), Load("heart", (7, 7)), Load("heart", (0, -1)))
-    return None if torch.equal(world.door.store[5], torch.zeros(2)) and set(world.door.store.tensors()) == {1, 2, 5} else 1
+    return (
+        None if torch.equal(world.door.store[5], torch.zeros(2)) and set(world.door.store.tensors()) == {1, 2, 5} else 1
+    )
 
 
-@attack("bound")
+@attack()
 def attack_binds_a_calls_result_twice(world: World) -> Any:
     world.put(5, torch.zeros(2))
     world.frame(call("clone.default", X, outs=(5,)), call("clone.default", MINE, outs=(1,)))
@@ -364,7 +400,9 @@ def attack_drop_and_load_again(world: World) -> Any:
 def attack_arguments_given_twice(world: World) -> Any:
     """A keyword beside its position: which of both is labelled?"""
     world.put(5, torch.zeros(6, 4))
-    world.frame(Call("add.Tensor", (MINE, MINE), {"other": X}, (10,)), Call("relu.default", (MINE,), {"self": X}, (11,)))
+    world.frame(
+        Call("add.Tensor", (MINE, MINE), {"other": X}, (10,)), Call("relu.default", (MINE,), {"self": X}, (11,))
+    )
     return world.taken(10, 11)
 
 
@@ -386,7 +424,7 @@ for _name, _call in _TAKES_STORAGE.items():
         reply = world.frame(call)
         return None if reply.failures else reply
 
-    named(f"the_operator_{_name}", _storage, "table")
+    named(f"the_operator_{_name}", _storage, *(() if _name == "resize_" else ("table",)))  # nothing grows in place
 
 for _name in (
     "from_file.default", "record_stream.default", "empty_strided.default", "new_empty.default", "set_.source_Storage",
@@ -407,7 +445,8 @@ def attack_a_symbol_for_a_device(world: World) -> Any:
     """`meta` and other places have no values that the worker accounts for."""
     places = ("meta", "cuda:0", "/etc/passwd")
     calls = [
-        Call("_to_copy.default", (X,), {"device": Symbol("device", place)}, (20 + at,)) for at, place in enumerate(places)
+        Call("_to_copy.default", (X,), {"device": Symbol("device", place)}, (20 + at,))
+        for at, place in enumerate(places)
     ]
     world.frame(*calls)
     return world.taken(20, 21, 22)

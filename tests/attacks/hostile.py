@@ -22,7 +22,7 @@ from housecall.worker.owner import Owner
 from housecall.worker.policy import Policy, Release, Use
 from housecall.worker.worker import Worker, WorkerSession
 
-__all__ = ["ASKING", "ATTACKS", "SECRET", "Attack", "World", "attack", "named", "stolen"]
+__all__ = ["ASKING", "ATTACKS", "HEART", "SECRET", "Attack", "World", "attack", "call", "named", "stolen"]
 
 ASKING = Policy(use=Use(interactive=("me", "mallory")), release=Release(approvals=True))
 SECRET = 7000.0 + torch.arange(24.0).view(6, 4)
@@ -149,6 +149,4 @@ def stolen(world: World, take: Callable[[], Any]) -> Any:
         world.clinic.session.wait()
     except hc.HousecallError:
         return None
-    except torch.AcceleratorError:
-        raise
     return taken

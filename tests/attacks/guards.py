@@ -1,0 +1,195 @@
+"""Taking guards away, one at a time: what each attack must then succeed against."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from housecall.program import ops
+from housecall.program.run import execute
+from housecall.types import PUBLIC
+from housecall.worker import history, limits, policies, private, store
+from housecall.worker.approvals import Approval, Requests
+from housecall.worker.gate import Gate, Opening
+from housecall.worker.limits import Meter
+from housecall.worker.store import Store
+from housecall.worker.worker import WorkerSession
+
+__all__ = ["GUARDS", "without"]
+
+Patches = Callable[[], Any]
+
+
+def _open_run(call: Any, label: Any, failed: Any, store: Store, randomness: Any, history: Any) -> None:
+    """`run_private` that fails as a public call would."""
+    written = [ref for _, ref in _writes(call)]
+    execute(call, store, randomness)
+    for out in call.outs:
+        if out in store:
+            store.count(out, store[out])
+    store.mark((*call.outs, *written), label, failed=failed)
+
+
+_writes, _read_by, _spend = store.writes, Store.read_by, Requests.spend
+
+
+def _only_said(call: Any) -> list[tuple[str, int]]:
+    with patch.object(store, "_UNSAID", frozenset()):
+        return _writes(call)
+
+
+def _write_uncounted(self: Store, call: Any) -> None:
+    counted = {ref: self.cells[ref].writes for _, ref in _writes(call) if ref in self.cells}
+    _write(self, call)
+    for ref, before in counted.items():
+        self.cells[ref].writes = before
+
+
+_write = Store.write
+
+
+def _write_unrefused(self: Store, call: Any) -> None:
+    lent, self.lent = self.lent, {}
+    try:
+        _write(self, call)
+    finally:
+        self.lent = lent
+
+
+def _count_apart(self: Store, ref: int, value: Any, expected: Any = None) -> None:
+    """Each slot has a cell of its own, whatever its storage."""
+    self._by_address.clear()
+    _count(self, ref, value, expected)
+
+
+_count = Store.count
+
+
+def _undrawn(self: Store, call: Any) -> Any:
+    self.drawn = PUBLIC
+    return _read_by(self, call)
+
+
+def _any_principal(self: Requests, *args: Any) -> Any:
+    _, _, kind, digest, sets, now = args
+    return next(
+        (a for a in self._approvals() if (a.kind, a.digest) == (kind, digest) and now < a.expires and self._used(a)),
+        None,
+    )
+
+
+def _timeless(self: Requests, *args: Any) -> Any:
+    return _spend(self, *args[:5], datetime(2000, 1, 1, tzinfo=UTC))
+
+
+def _good(self: Requests, who: str, role: str, kind: Any, digest: str, sets: Any, now: Any) -> Approval:
+    return Approval("0" * 16, who, role, kind, tuple(sets), digest, 1, now)
+
+
+def _silent_note(self: Gate, *args: Any) -> None:
+    with contextlib.suppress(Exception):
+        _note(self, *args)
+
+
+_note, _get = Gate._note, Requests.get
+
+
+def _once_for_all(self: Opening, label: Any, digest: str) -> None:
+    if not getattr(self, "opened", False):
+        self._gate.release(self._who, label, digest)
+        self.opened = True
+
+
+def _bound_again(self: Meter, message: Any) -> None:
+    self._store.drop(message.id)
+    self._store[message.id] = message.value.data
+    self._store.count(message.id, message.value.data)
+
+
+def _by_id_only(self: Any, call: Any, types: Any, cells: Any, written: Any) -> None:
+    """A history that knows ids, not storages."""
+    _add(self, call, types, {ref: _Id(ref) for ref in (*types, *call.outs, *written) if ref in cells}, written)
+
+
+class _Id(int):
+    """Stands for a cell."""
+
+
+_add, _program = history.History.add, history.History.program
+
+
+def _program_by_id(self: Any, wanted: Any, store: Any) -> Any:
+    class Ids:
+        cells = {ref: _Id(ref) for ref in wanted}  # noqa: RUF012
+        specs = store.specs
+
+    return _program(self, wanted, Ids)
+
+
+_TABLE = {
+    **ops.table(),
+    **{
+        f"{op}.{overload}": str(getattr(getattr(torch.ops.aten, op), overload)._schema).removeprefix("aten::")
+        for op, overload in (
+            ("empty", "memory_format"),
+            ("as_strided", "default"),
+            ("set_", "source_Tensor"),
+            ("resize_", "default"),
+        )
+    },
+}
+
+GUARDS: dict[str, tuple[Any, ...]] = {
+    "door": (patch.object(Gate, "release", lambda *args: None),),
+    "load": (patch.object(Gate, "load", lambda *args: None),),
+    "labels": (patch.object(Store, "read_by", lambda self, call: (PUBLIC, False)),),
+    "aliases": (
+        patch.object(Store, "read_by", lambda self, call: (PUBLIC, False)),
+        patch.object(Store, "count", _count_apart),
+    ),
+    "write labels": (patch.object(private, "writes", lambda call: []),),
+    "unsaid writes": (patch.object(store, "_UNSAID", frozenset()),),
+    "lent": (patch.object(Store, "write", _write_unrefused),),
+    "shapes": (patch.object(private, "shown_by_shape", lambda call, values: False),),
+    "hidden failures": (patch.object(limits, "run_private", _open_run),),
+    "drawn": (patch.object(Store, "read_by", _undrawn),),
+    "bound": (patch.object(Meter, "put", _bound_again),),
+    "key": (patch.object(Store, "write", _write_uncounted),),
+    "lives": (
+        patch.object(WorkerSession, "_key", lambda self, ref: f"{self.id}/{ref}/{self.store.cells[ref].writes}"),
+    ),
+    "spend": (patch.object(Requests, "spend", _good),),
+    "uses": (patch.object(Requests, "_used", lambda self, approval: True),),
+    "genuine": (patch.object(Approval, "genuine", lambda self, public: True),),
+    "expiry": (patch.object(Requests, "spend", _timeless),),
+    "approval's principal": (patch.object(Requests, "spend", _any_principal),),
+    "request's principal": (patch.object(Requests, "get", lambda self, id, *who: _get(self, id)),),
+    "one answer for all": (patch.object(Opening, "ask", _once_for_all),),
+    "shown by storage": (
+        patch.object(history.History, "add", _by_id_only),
+        patch.object(history.History, "program", _program_by_id),
+    ),
+    "forgotten": (
+        patch.object(history.History, "forgotten", property(lambda self: 0, lambda self, n: None), create=True),
+    ),
+    "ledger": (patch.object(Gate, "_note", _silent_note),),
+    "signatures": (patch.object(policies, "verify", lambda public, message, signature: True),),
+    "versions": (patch.object(policies.Seen, "check", lambda self, name, version, text: True),),
+    "limits": (patch.object(limits, "_number", lambda limit: math.inf),),
+    "table": (patch.object(ops, "table", lambda: _TABLE),),
+}
+
+
+@contextlib.contextmanager
+def without(guard: str) -> Iterator[None]:
+    """Within, a guard is not there."""
+    with contextlib.ExitStack() as stack:
+        for change in GUARDS[guard]:
+            stack.enter_context(change)
+        yield

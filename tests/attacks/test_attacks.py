@@ -1,0 +1,31 @@
+"""Every attack is refused; and each succeeds once the guard that refuses it is taken away."""
+
+from __future__ import annotations
+
+import by_frames
+import by_owners_word
+import by_pointers
+import pytest
+from guards import GUARDS
+from hostile import ATTACKS, World
+
+from housecall.worker import history
+
+__all__ = ["by_frames", "by_owners_word", "by_pointers"]
+
+
+@pytest.fixture(autouse=True)
+def _short_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "MOST", 20)
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKS))
+def test_refused(name: str) -> None:
+    function, _ = ATTACKS[name]
+    leaked = function(World())
+    assert leaked is None, leaked
+
+
+def test_there_are_enough() -> None:
+    assert len(ATTACKS) >= 150
+    assert {guard for _, guards in ATTACKS.values() for guard in guards} == set(GUARDS)
