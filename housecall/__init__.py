@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     from .remote import connect as connect
     from .virtual import VirtualWorker as VirtualWorker
     from .worker.policy import Policy as Policy
+    from .worker.policy import Release as Release
+    from .worker.policy import Use as Use
 
 __version__ = "0.1.0"
 
@@ -96,11 +98,13 @@ _HOME = {
     "ProgramError": "errors",
     "ProtocolError": "errors",
     "Recorded": "pointers.record",
+    "Release": "worker.policy",
     "RemoteWorker": "remote",
     "SpentPointerError": "errors",
     "TorchHook": "pointers.hook",
     "UnknownOperator": "errors",
     "UsageError": "errors",
+    "Use": "worker.policy",
     "VirtualWorker": "virtual",
     "WorkerGone": "errors",
     "connect": "remote",
