@@ -103,7 +103,7 @@ class PolicyError(HousecallError, ValueError):
 
 
 class LedgerError(HousecallError):
-    """A ledger that was changed, cut or damaged, or that cannot be written. What must be in it first does not happen."""
+    """A ledger that was changed, cut or damaged, or cannot be written: what must be in it first does not happen."""
 
 
 class DataError(HousecallError):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from housecall.errors import UnknownOperator
+from housecall.program import ops
 from housecall.program.call import Call
-from housecall.program.check import check_call
+from housecall.program.check import check_call, written_by
 from housecall.program.ops import operator, table
 from housecall.program.run import overload
 from housecall.types import Ref
@@ -75,6 +76,25 @@ def declared(argument: Any) -> tuple[str, bool, bool, bool]:
     return KINDS.get(kind, kind), bool(many), bool(outer), bool(many and inner)
 
 
+def is_unsaid(name: str, parameter: str) -> bool:
+    """Whether an operator writes to this parameter although torch's schema does not say so."""
+    return name.partition(".")[0] in ops._UNSAID and parameter in ops._STATISTICS
+
+
+def test_what_a_batch_norm_writes_is_known_although_its_schema_does_not_say_so() -> None:
+    def statistics(name: str, *flags: Any) -> list[str]:
+        x, w = Ref(1), Ref(2)
+        call = Call(name, (x, w, w, Ref(3), Ref(4), *flags), {}, (5, 6, 7))
+        return [param.name for param, _ in written_by(operator(name), call)]
+
+    for name in ("native_batch_norm.default", "_batch_norm_impl_index.default", "batch_norm.default"):
+        assert statistics(name, True, 0.1, 1e-5) == ["running_mean", "running_var"]
+        assert statistics(name, False, 0.1, 1e-5) == []
+    mean = torch.zeros(2)
+    torch.ops.aten.native_batch_norm(torch.ones(3, 2), None, None, mean, torch.ones(2), True, 0.1, 1e-5)
+    assert mean.tolist() != [0.0, 0.0]
+
+
 @of_this_torch
 def test_parameters_agree_with_torchs_schema() -> None:
     wrong = []
@@ -86,7 +106,7 @@ def test_parameters_agree_with_torchs_schema() -> None:
             (
                 a.name,
                 a.kwarg_only,
-                a.alias_info is not None and a.alias_info.is_write,
+                (a.alias_info is not None and a.alias_info.is_write) or is_unsaid(name, a.name),
                 not a.has_default_value(),
                 *declared(a),
             )

@@ -38,8 +38,8 @@ class Kept:
         return len(self._values)
 
     def keep(self, slots: tuple[Any, ...], values: list[torch.Tensor]) -> None:
-        """Keep the slots of what came home now, and let go of what came before. Small values change nothing: a loss that
-        is fetched after a model does not make it travel again."""
+        """Keep the slots of what came home now, and let go of what came before. Small values change nothing: a loss
+        that is fetched after a model does not make it travel again."""
         came = {}
         for slot, value in zip(slots, values, strict=True):
             if value.nbytes >= LEAST_BYTES and value.is_cpu:

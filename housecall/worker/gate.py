@@ -43,7 +43,7 @@ def _now() -> datetime:
 
 class Gate:
     """One worker's. `policies` gives each data set's policy as it is now, and one that is missing denies; `requests`
-    are those that the owner answers; `ledger` is told of every use, refusal and release, and without one none happens."""
+    are those that the owner answers; `ledger` is told of every use, refusal and release: without it none happens."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ class Owner:
 
     def approve(
         self,
-        id: str,  # noqa: A002  # its name
+        id: str,
         *,
         uses: int = 1,
         expires: datetime | None = None,

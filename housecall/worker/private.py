@@ -38,9 +38,6 @@ def check_private(call: Call, label: Label, store: Store) -> None:
             f"{call.op} on data of the worker's owner ({label}) was refused: the shape of what it gives depends on "
             "elements. Say what you need with a fixed shape (`where` and a sum, in place of a mask and an index)"
         )
-    rules = operator(call.op)
-    if not rules.writes and writes(call):  # else the meter does
-        store.write(call)
 
 
 def run_private(call: Call, label: Label, failed: bool, store: Store, randomness: Randomness, history: History) -> None:

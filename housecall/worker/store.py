@@ -24,11 +24,6 @@ from ..wire.messages import Failure, Info, Tag
 
 __all__ = ["Cell", "Failed", "Missing", "Store", "writes"]
 
-# They write their running statistics, and torch's schemas do not say so.
-_UNSAID = frozenset(
-    f"{name}.default" for name in ("native_batch_norm", "batch_norm", "_batch_norm_impl_index", "instance_norm")
-)
-
 _address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
 
 
@@ -46,9 +41,8 @@ class Missing(ProtocolError):
 
 def writes(call: Call) -> list[tuple[str, int]]:
     """What a call writes to: the name of the parameter, and the id."""
-    unsaid = ("running_mean", "running_var") if call.op in _UNSAID else ()
     pairs = arguments(operator(call.op), call)
-    return [(param.name, ref) for param, arg in pairs if param.writes or param.name in unsaid for ref in refs(arg)]
+    return [(param.name, ref) for param, arg in pairs if param.writes for ref in refs(arg)]
 
 
 class Cell:

@@ -108,7 +108,7 @@ def attack_writes_by_out_after_the_approval(world: World) -> Any:
 
 @attack()
 def attack_a_write_that_fails_halfway(world: World) -> Any:
-    """Some rows are written, then an index is out of range. Two guards: the count of writes, and the mark of failure."""
+    """Some rows are written, then an index is out of range: writes are counted, and failures marked."""
     world.put(6, torch.tensor([0, 1, 99, 0, 0, 0]))
     return _changed(world, Call("index_copy_.default", (Ref(10), 0, Ref(6), X), {}, ()))
 
