@@ -28,6 +28,7 @@ _TAKES: dict[str, tuple[type, ...]] = {
     "MemoryFormat": (Symbol,),
     "Generator": (),
 }
+_SHOWN = 500  # characters of a call in an error
 _SYMBOLS = {"ScalarType": "dtype", "Device": "device", "Layout": "layout", "MemoryFormat": "memory_format"}
 
 
@@ -52,7 +53,9 @@ def check(program: Program) -> None:
             check_call(plain)
             _check_binding(plain, bound, numbers, shares, updated)
         except ProgramError as error:
-            raise type(error)(f"call {number}, `{call_text(call)}`: {error}") from None
+            shown = call_text(call)
+            brief = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+            raise type(error)(f"call {number}, `{brief}`: {error}") from None
         bound.update(out for out in call.outs if out != HOLE)
     for name, ref in program.outputs:
         if ref not in bound:
@@ -84,10 +87,11 @@ def _check_binding(
         for ref in refs(arg):
             if ref not in bound:
                 raise ProgramError(f"%{ref} is used before it is bound")
-    fresh = [out for out in call.outs if out != HOLE]
-    for out in fresh if len(set(fresh)) == len(fresh) else call.outs:
-        if out != HOLE and (out in bound or out in numbers or call.outs.count(out) > 1):
+    fresh: set[int] = set()
+    for out in call.outs:
+        if out != HOLE and (out in bound or out in numbers or out in fresh):
             raise ProgramError(f"%{out} is bound already; bind each id once")
+        fresh.add(out)
     rules = operator(call.op)
     pairs = {param.name: (param, arg) for param, arg in arguments(rules, call)}
     for param, arg in written_by(rules, call):

@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ProgramError, ProtocolError
 from ..program.call import Call, Items, refs
-from ..program.check import arguments
+from ..program.check import written_by
 from ..program.ops import operator
 from ..program.outcome import Spec, spec
 from ..program.typing import type_of
@@ -41,8 +41,7 @@ class Missing(ProtocolError):
 
 def writes(call: Call) -> list[tuple[str, int]]:
     """What a call writes to: the name of the parameter, and the id."""
-    pairs = arguments(operator(call.op), call)
-    return [(param.name, ref) for param, arg in pairs if param.writes for ref in refs(arg)]
+    return [(param.name, ref) for param, arg in written_by(operator(call.op), call) for ref in refs(arg)]
 
 
 class Cell:
