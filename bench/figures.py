@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import owner
+import recorded
 import torch
 import torch.nn.functional as F
 import wire
@@ -271,6 +272,7 @@ def table(quick: bool) -> str:
     rows.append(f"| slots left after 1,000 batches | **{slots()}** | 0 |")
     rows.extend(wire.rows(quick))
     rows.extend(owner.rows(quick))
+    rows.extend(recorded.rows(quick))
     hook.remove()
     return "\n".join(rows)
 

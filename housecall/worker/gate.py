@@ -69,6 +69,7 @@ class Gate:
         if not decision.allowed and decision.approvable and digest and self.requests is not None:
             approval = self.requests.spend(who.name, who.role, "value", digest, label.sources, self._now())
             if approval is not None:
+                self._note("approval", who, label, digest, f"request {approval.id}: used, as the owner signed")
                 decision = self._decide(label.sources, msgspec.structs.replace(asked, approved=True))
                 digest = f"{digest} (request {approval.id})"
         self._note("release" if decision.allowed else "refusal", who, label, digest, decision.text)
