@@ -29,7 +29,7 @@ import torch
 
 from . import __version__
 from .errors import HousecallError, IdentityError
-from .identity.certificate import Principal, principal, server_credentials, utc_now
+from .identity.certificate import FILE, Principal, principal, server_credentials, utc_now
 from .identity.enrolment import authority_url
 from .identity.keeper import Keeper
 from .identity.revocation import Revocations
@@ -104,7 +104,10 @@ class Service:
             if not is_loopback(where.host):
                 log.warning("serving %s in plain text: whoever reaches it sees and may do everything", where)
             return Listener(where, self.host.serve, None, lambda context: "anonymous")
-        keeper = Keeper(self.folder / self.config.identity.folder)
+        keys = self.folder / self.config.identity.folder
+        if not (keys / FILE).exists():
+            raise IdentityError(f"no {FILE} in {keys}: `housecall ca join INVITATION --out {keys}` makes one")
+        keeper = Keeper(keys)
         revocations = Revocations(self.folder / self.config.identity.crl, keeper.current().ca)
         threading.Thread(target=keeper.run, args=(self._closing,), name="housecall-keeper", daemon=True).start()
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from ..program.call import Arg, Call, Program
 from ..program.check import check
 from ..program.files import save_program
 from ..program.ops import operator
-from ..program.outcome import spec
+from ..program.outcome import Spec, spec
 from ..program.run import type_program
 from ..types import Ref
 from ..wire.messages import Define, Run
@@ -290,6 +291,8 @@ def _run_recording(variant: _Variant, given: Given) -> Any:
     for effect in recording.effects:
         _take_effect(effect, given, outs)
     results = [_result(item, given, outs) for item in recording.results]
+    if recording.structure.is_leaf():
+        return results[0]
     return tree_unflatten(results, recording.structure)
 
 
@@ -338,13 +341,25 @@ def _pointer(place: Place, given: Given) -> Any:
 
 def _take_effect(effect: Effect, given: Given, outs: list[Slot]) -> None:
     place = effect.place
+    leaf: Any = given.leaves[place.leaf]
+    if place.kind == "grad" and effect.out is not None and _is_ours_alone(leaf.grad, effect.spec):
+        leaf.grad._slot = outs[effect.out]
+        return
     value = None if effect.out is None else point(PointerTensor, outs[effect.out], effect.spec)  # type: ignore[arg-type]  # an output has a type
     if place.kind == "grad":
-        given.leaves[place.leaf].grad = value
+        leaf.grad = value
     elif place.kind == "leaf":
-        given.leaves[place.leaf]._slot = outs[effect.out]  # type: ignore[attr-defined,index]  # a leaf's is an output
+        leaf._slot = outs[effect.out]  # type: ignore[index]  # a leaf's is an output
     else:
         _keep(place.optimizer.state[place.parameter], place.name, effect, value)
+
+
+def _is_ours_alone(grad: Any, type_: Spec | None) -> bool:
+    """Whether a gradient is a pointer of this type that nobody holds but its leaf: then it may point elsewhere, which
+    costs less than a new one. Counted are `grad` here, getrefcount's argument, and torch's tensor."""
+    return (
+        type(grad) is PointerTensor and grad._spec is type_ and sys.getrefcount(grad) == 3 and grad._use_count() == 2  # type: ignore[attr-defined]  # torch's own
+    )
 
 
 def _keep(state: dict[str, Any], name: str, effect: Effect, value: PointerTensor | None) -> None:

@@ -1,7 +1,7 @@
 """Kernels of torch that believe the indices they are given: they read, or write, beyond their tensors.
 
 What they find there is anybody's: labels follow tensors, not addresses. The first two read a private element exactly
-and give it as a public value. Each is a hole until its operator is refused, or its indices are looked at before it runs.
+and give it as a public value. A hole until the operators are refused, or their indices looked at before they run.
 """
 
 from __future__ import annotations
