@@ -86,7 +86,7 @@ def pairs(make: Callable[[], nn.Module], threads: int, blocks: int, count: int) 
     def away(one: Any, own: Any) -> Callable[[int], object]:
         def run(at: int) -> object:
             chosen = there[at % len(there)]
-            return one(own, there_x.index_select(0, chosen), there_y.index_select(0, chosen)).detach().get()
+            return one(own, there_x.index_select(0, chosen), there_y.index_select(0, chosen)).get()
 
         return run
 

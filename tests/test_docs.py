@@ -10,6 +10,7 @@ import contextlib
 import gc
 import importlib.util
 import io
+import logging
 import os
 import re
 import subprocess
@@ -63,10 +64,13 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     before = hc.TorchHook._hooks
+    log = logging.getLogger("housecall")
+    level = log.level
     namespace: dict[str, object] = {"__name__": "page"}
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("error")
         yield namespace
+    log.setLevel(level)
     for value in namespace.values():
         if isinstance(value, hc.TorchHook):
             value.remove()

@@ -299,10 +299,10 @@ def _run_recording(variant: _Variant, given: Given) -> Any:
 def _send(program: Program, digest: str, numbers: tuple[float, ...], slots: list[Slot], outs: list[Slot]) -> None:
     """Queue one run, after the program itself if this session has not seen it."""
     session = slots[0].session
-    known = _defined.setdefault(session, set())
-    if digest not in known:
+    known = _defined.get(session)
+    if known is None or digest not in known:
         session.tell(Define(program))
-        known.add(digest)
+        _defined.setdefault(session, set()).add(digest)
     session.tell(Run(digest, tuple([slot.id for slot in slots]), tuple([out.id for out in outs]), numbers))
     if session.synchronous:
         session.describe(outs)

@@ -38,6 +38,7 @@ from ..program.typing import type_of
 from ..types import PUBLIC, Ref
 from ..wire.messages import Found, Put, Tag
 from .history import History
+from .indices import check_indices, trusts_indices
 from .private import check_private, run_private
 from .store import Store
 
@@ -111,6 +112,8 @@ class Meter:
         if label:
             run_private(call, label, failed, store, self._randomness, self.history)
             return
+        if _rule(call.op).trusts:
+            check_indices(call, store)
         execute(call, store, self._randomness)
         if coming.single is not None:
             self._count(outs[0], coming)
@@ -282,11 +285,12 @@ class Meter:
 class _Rule:
     """What a key needs of one operator, looked up once."""
 
-    __slots__ = ("by_name", "kinds", "operator", "writes")
+    __slots__ = ("by_name", "kinds", "operator", "trusts", "writes")
 
     def __init__(self, name: str) -> None:
         self.operator: Operator = operator(name)
         self.writes = self.operator.writes
+        self.trusts = trusts_indices(name)
         self.by_name = by_kind(self.operator)
         self.kinds = tuple(self.by_name[param.name] for param in self.operator.params if not param.keyword)
 

@@ -46,7 +46,8 @@ _TEXT = 300  # characters of a call in an error
 
 # A call's number, its function, what gives its arguments from the registers, the register of its result or pairs
 # (which of its results, register), and the registers that nothing reads after it.
-_Step = tuple[int, Callable[..., Any], Callable[[list[Any]], Any], int | tuple[tuple[int, int], ...], tuple[int, ...]]
+_Out = int | tuple[tuple[int, int], ...]
+_Step = tuple[int, Callable[..., Any], Callable[[list[Any]], Any], _Out, tuple[int, ...]]
 
 
 class Plans:
@@ -131,7 +132,7 @@ class Plan:
         self.types = [(item.name, DTYPES[item.type.dtype], torch.Size(item.type.shape)) for item in program.inputs]
         self.writes = tuple(input_writes(program))
         compiler = _Compiler(self, randomness)
-        self._blank, self._steps, self._outs = compiler.blank, tuple(compiler.steps), compiler.outs
+        self._blank, self._steps, self._outs = compiler.blank, compiler.steps, compiler.outs
         self._first_number = 1 + len(program.inputs)
 
     def values(self, message: Run, store: Store) -> list[torch.Tensor]:
@@ -187,6 +188,12 @@ class Plan:
         return ProgramError(f"call {number}, `{call}`: {type(error).__name__}: {error}; {left}")
 
 
+def _may_reshape(call: Call) -> bool:
+    """Whether a call may give a value another shape under those that refer to it."""
+    rules = operator(call.op)
+    return rules.reshapes or any(param.writes and param.keyword for param in rules.params)
+
+
 class _Compiler:
     """Program -> steps. Register 0 takes what nobody reads; then come inputs, numbers, and the rest as they are met.
 
@@ -196,30 +203,57 @@ class _Compiler:
     def __init__(self, plan: Plan, randomness: Randomness) -> None:
         program = plan.program
         self.blank: list[Any] = [None]
-        self.steps: list[_Step] = []
+        self._rows: list[tuple[int, Callable[..., Any], list[int], _Out]] = []  # as steps, with registers for a getter
         self._registers: dict[int, int] = {}
+        self._made: set[int] = set()  # registers that a step fills
+        self._turned: dict[int, int] = {}  # what `t` made -> of what
         self._randomness = randomness
         self._read = {ref for _, ref in program.outputs}
         for call in plan.calls:
             self._read.update(ref for arg in (*call.args, *call.kwargs.values()) for ref in refs(arg))
         for ref in (*(item.id for item in program.inputs), *(ref for _, ref in program.numbers)):
             self._registers[ref] = self._new(None)
-        given = len(self.blank)
+        views_last = not any(_may_reshape(call) for call in plan.calls)
         for number, call in enumerate(plan.calls):
-            dead = [self._registers[ref] for ref in self._compiled(number, call, plan.last.get(number, []))]
-            self._free(number, [register for register in dead if register >= given])
+            if not (views_last and self._turned_back(call)):
+                self._compiled(number, call)
         self.outs = [self._registers[ref] for _, ref in program.outputs]
+        self.steps = tuple(self._steps())
 
     def _new(self, value: Any) -> int:
         self.blank.append(value)
         return len(self.blank) - 1
 
-    def _free(self, number: int, dead: list[int]) -> None:
-        *_, (at, function, arguments_of, out, before) = self.steps
-        self.steps[-1] = (at, function, arguments_of, out, (*before, *dead))
+    def _new_made(self) -> int:
+        register = self._new(None)
+        self._made.add(register)
+        return register
 
-    def _compiled(self, number: int, call: Call, dead: list[int]) -> list[int]:
-        """Append the steps of one call; those of the `dead` ids that have registers."""
+    def _steps(self) -> Iterator[_Step]:
+        """The rows as steps: each frees the registers that no later one reads."""
+        last: dict[int, int] = {}
+        for at, (_, _, row, out) in enumerate(self._rows):
+            filled = [out] if isinstance(out, int) else [register for _, register in out]
+            last.update(dict.fromkeys((*row, *filled), at))
+        dead: dict[int, list[int]] = {}
+        for register in self._made.difference(self.outs):
+            dead.setdefault(last[register], []).append(register)
+        for at, (number, function, row, out) in enumerate(self._rows):
+            yield number, function, _getter(row), out, tuple(dead.get(at, ()))
+
+    def _turned_back(self, call: Call) -> bool:
+        """Whether this turns back a matrix that was turned (autograd does so for every linear layer): no step then."""
+        if call.op != "t.default" or len(call.args) != 1 or not isinstance(call.args[0], Ref):
+            return False
+        source = call.args[0].id
+        if source in self._turned:
+            self._registers[call.outs[0]] = self._registers[self._turned[source]]
+            return True
+        self._turned[call.outs[0]] = source
+        return False
+
+    def _compiled(self, number: int, call: Call) -> None:
+        """Append the rows of one call."""
         rules = operator(call.op)
         by_name = dict(call.kwargs)
         given = list(call.args)
@@ -227,25 +261,22 @@ class _Compiler:
             if param.name not in by_name:
                 break
             given.append(by_name.pop(param.name))
-        lists: list[int] = []
-        row = [self._register(number, arg, lists) for arg in given]
+        row = [self._register(number, arg) for arg in given]
         named = {name: arg for name, arg in by_name.items() if refs(arg)}
         fixed = {name: value_of(arg, {}) for name, arg in by_name.items() if name not in named}
         function = self._function(rules, fixed, len(row), tuple(named))
-        row += [self._register(number, arg, lists) for arg in named.values()]
+        row += [self._register(number, arg) for arg in named.values()]
         function, out = self._results(rules, call, function)
-        self.steps.append((number, function, _getter(row), out, tuple(lists)))
-        return [ref for ref in dead if ref in self._registers]
+        self._rows.append((number, function, row, out))
 
-    def _register(self, number: int, arg: Arg, lists: list[int]) -> int:
-        """The register of an argument; those of lists made for this call are appended to `lists`."""
+    def _register(self, number: int, arg: Arg) -> int:
+        """The register of an argument."""
         if isinstance(arg, Ref):
             return self._registers[arg.id]
         if isinstance(arg, Items) and refs(arg):
-            row = [self._register(number, item, lists) for item in arg.items]
-            made = self._new(None)
-            self.steps.append((number, _listed, _getter(row), made, ()))
-            lists.append(made)
+            row = [self._register(number, item) for item in arg.items]
+            made = self._new_made()
+            self._rows.append((number, _listed, row, made))
             return made
         return self._new(value_of(arg, {}))
 
@@ -259,15 +290,13 @@ class _Compiler:
             function = _with_names(function, count, names)
         return _drawing(function, self._randomness) if rules.random else function
 
-    def _results(
-        self, rules: Operator, call: Call, function: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], int | tuple[tuple[int, int], ...]]:
+    def _results(self, rules: Operator, call: Call, function: Callable[..., Any]) -> tuple[Callable[..., Any], _Out]:
         fresh = [(at, item) for at, item in enumerate(rules.returns) if not item.same_as]
         if not fresh:
             return function, 0
         read = [(at, out) for at, out in enumerate(call.outs) if out != HOLE and out in self._read]
         for _, out in read:
-            self._registers[out] = self._new(None)
+            self._registers[out] = self._new_made()
         if any(item.many or item.kind != "Tensor" for _, item in fresh):
             function = _flat(function, rules, len(call.outs))
             return function, tuple((at, self._registers[out]) for at, out in read)

@@ -22,6 +22,7 @@ from ..program.ops import operator
 from ..program.run import Randomness, execute
 from ..types import Label
 from .history import History
+from .indices import check_indices, trusts_indices
 from .store import Store, writes
 
 __all__ = ["FAILED", "check_private", "run_private"]
@@ -47,6 +48,8 @@ def run_private(call: Call, label: Label, failed: bool, store: Store, randomness
     if operator(call.op).random:  # how much it drew may depend on elements
         store.drawn = store.drawn | label
     try:
+        if trusts_indices(call.op):
+            check_indices(call, store)
         execute(call, store, randomness)
     except Exception as error:  # whatever it is, it stays here
         log.warning("%s failed on private data (%s): %s: %s", call.op, label, type(error).__name__, error)

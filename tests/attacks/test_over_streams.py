@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from queue import SimpleQueue
 
@@ -129,7 +130,7 @@ def clinic() -> Iterator[hc.cluster.ClusterWorker]:
 
 def test_a_process_refuses_too(clinic: hc.cluster.ClusterWorker) -> None:
     x = clinic.dataset("heart").column("x")
-    assert "70" not in repr(x).partition("->")[0]
+    assert "70" not in re.sub(r"\d{10,}", "ID", repr(x))
     for take in (x.clone().get, x.sum().item, lambda: bool(x.sum() > 0), lambda: torch.cat([x, x]).get()):
         with pytest.raises(hc.HousecallError, match=r"release\.approvals"):
             take()
