@@ -61,13 +61,21 @@ _RANGES: dict[str, Callable[[dict[str, Any]], Ranges]] = {
 
 # No range can be stated for all that these follow.
 REFUSED = frozenset(
-    (
-        "_ctc_loss", "_ctc_loss_backward", "segment_reduce", "_segment_reduce_backward",
-        "_convert_indices_from_coo_to_csr", "_convert_indices_from_csr_to_coo", "_embedding_bag", "_embedding_bag_forward_only", "_embedding_bag_backward",
-        "_embedding_bag_dense_backward", "_embedding_bag_sparse_backward",
+    {
+        "_ctc_loss",
+        "_ctc_loss_backward",
+        "segment_reduce",
+        "_segment_reduce_backward",
+        "_convert_indices_from_coo_to_csr",
+        "_convert_indices_from_csr_to_coo",
+        "_embedding_bag",
+        "_embedding_bag_forward_only",
+        "_embedding_bag_backward",
+        "_embedding_bag_dense_backward",
+        "_embedding_bag_sparse_backward",
         "_embedding_bag_per_sample_weights_backward",
-    )
-)  # fmt: skip
+    }
+)
 
 
 def trusts_indices(op: str) -> bool:
