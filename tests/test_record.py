@@ -254,6 +254,22 @@ def test_gradients_accumulate_where_the_function_lets_them(clinic: hc.VirtualWor
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), local.parameters(), strict=True))  # type: ignore[arg-type]
 
 
+def test_a_gradient_that_somebody_holds_stays_what_it_was(clinic: hc.VirtualWorker) -> None:
+    def backward(model: nn.Module, x: torch.Tensor) -> None:
+        model.zero_grad()
+        model(x).sum().backward()
+
+    model: Any = nn.Linear(2, 1)
+    recorded = hc.record(backward, model, torch.ones(1, 2))
+    model.send(clinic)
+    recorded(model, torch.ones(1, 2).send(clinic))
+    held = model.weight.grad
+    for scale in (2.0, 3.0):
+        recorded(model, torch.full((1, 2), scale).send(clinic))
+    assert held.copy().get().tolist() == [[1.0, 1.0]]
+    assert model.weight.grad.copy().get().tolist() == [[3.0, 3.0]]
+
+
 def test_train_and_eval_are_two_programs(clinic: hc.VirtualWorker) -> None:
     model: Any = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     x = torch.randn(3, 4)

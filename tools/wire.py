@@ -56,23 +56,7 @@ ANSWERS = {
     "Status": "`Requested`",
 }
 SENDERS = {"Hello": "client", "Welcome": "worker", "Refused": "worker", "Ack": "client; worker may", "Bye": "client"}
-PARTS = (
-    Array,
-    Blob,
-    TensorType,
-    Ref,
-    Complex,
-    Symbol,
-    Items,
-    Program,
-    Input,
-    Program,
-    Input,
-    Failure,
-    Info,
-    Owned,
-    Column,
-)
+PARTS = (Array, Blob, TensorType, Ref, Complex, Symbol, Items, Program, Input, Failure, Info, Owned, Column)
 CODES = {
     "version": "`Hello.version` is not the worker's; `reason` says which is",
     "identity": "the certificate was revoked or has expired: at the beginning, or at any frame",
