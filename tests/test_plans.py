@@ -452,6 +452,53 @@ def test_what_flow_says_of_updates_covers_what_is_written(made: Program) -> None
         assert item.name in found
 
 
+def test_a_value_that_is_turned_in_place_is_not_what_it_was() -> None:
+    wide = Input("x", 1, TensorType("float32", (2, 3), (3, 1)))
+    calls = (
+        call("clone.default", X, outs=(3,)),
+        call("t.default", Ref(3), outs=(4,)),
+        call("t_.default", Ref(3)),
+        call("t.default", Ref(4), outs=(5,)),
+    )
+    made = Program((wide,), calls, (("z", 5),))
+    x = torch.arange(6.0).reshape(2, 3)
+    world = World()
+    assert world(Define(made), Put(10, Array(None, x)), Run(made.digest, (10,), (20,))).failures == ()
+    assert world.value(20) == run(made, {"x": x})["z"].tolist() == x.tolist()
+
+
+def test_every_value_on_the_way_is_freed_once() -> None:
+    plans = Plans(torch.device("cpu"), Randomness())
+    plans.define(STEP)
+    plans.define(program(call("stack.default", Items((X, Y)), outs=(3,)), call("neg.default", Ref(3), outs=(4,))))
+    for plan in plans._plans.values():
+        made = [step[3] for step in plan._steps if step[3]]
+        freed = [register for step in plan._steps for register in step[4]]
+        assert sorted(freed) == sorted(set(made) - set(plan._outs))
+
+
+def test_freed_values_are_let_go_of() -> None:
+    """A chain of 100 values of 8 MB each, of which no more than a few are there at once."""
+    square = TensorType("float32", (2_000_000,), (1,))
+    calls = tuple(call("neg.default", Ref(n), outs=(n + 1,)) for n in range(1, 101))
+    made = Program((Input("x", 1, square),), calls, (("z", 101),))
+    plans = Plans(torch.device("cpu"), Randomness())
+    plans.define(made)
+    (plan,) = plans._plans.values()
+    alive: list[int] = []
+    steps = list(plan._steps)
+    number, function, arguments, out, dead = steps[50]
+
+    def looks(registers: list[Any]) -> Any:
+        alive.append(sum(isinstance(value, torch.Tensor) for value in registers))
+        return arguments(registers)
+
+    steps[50] = (number, function, looks, out, dead)
+    plan._steps = tuple(steps)
+    plan.run([torch.ones(2_000_000)], ())
+    assert alive == [2]  # the input, and the one before
+
+
 def test_the_plan_keeps_no_text_of_the_peers() -> None:
     plans = Plans(torch.device("cpu"), Randomness())
     plans.define(ADD)

@@ -498,6 +498,10 @@ def test_the_same_tensor_twice(clinic: hc.VirtualWorker) -> None:
     x = torch.ones(2).send(clinic)
     assert recorded(x, x).get().tolist() == [4.0, 4.0]
     assert len(recorded.programs) == 2
+    three = hc.record(lambda x, y, z: x + 10 * y + 100 * z, *[torch.zeros(2)] * 3)
+    y = torch.ones(2).send(clinic)
+    assert three(x, y, x).get().tolist() == [212.0, 212.0]
+    assert three(x, y, y).get().tolist() == [112.0, 112.0]
 
 
 def test_a_failure_names_the_call_and_what_was_changed(clinic: hc.VirtualWorker) -> None:
