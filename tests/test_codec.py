@@ -229,7 +229,7 @@ CALL = Call(
 MESSAGES: tuple[Message, ...] = (
     Put(1, ARRAY),
     CALL,
-    Drop(2),
+    Drop((2,)),
     Fetch((1, 2)),
     Fetch(()),
     Describe((3,)),

@@ -485,7 +485,7 @@ def test_principals_never_see_each_others_tensors() -> None:
             assert value.reason == (
                 f"no slot {stranger} in this session: it was dropped, or belongs to another worker or session"
             )
-        bob.session.tell(Drop(ref))
+        bob.session.tell(Drop((ref,)))
         bob.clear()
         assert hers.get().tolist() == [1.0, 2.0]
 
@@ -529,9 +529,9 @@ def test_a_session_cannot_starve_another() -> None:
         host.turns = Turns(slice_s=0.0)  # a step each
         many, one = (StreamTransport(memory_dial(lambda: host, who), name="clinic") for who in ("many", "one"))
         for number in range(1, 101):
-            many.send(Frame(number, tuple(Drop(n) for n in range(10))))
+            many.send(Frame(number, tuple(Drop((n,)) for n in range(10))))
         assert worker.begun.wait(PATIENCE)
-        one.send(Frame(1, (Drop(1),)))
+        one.send(Frame(1, (Drop((1,)),)))
         (seat,) = (seat for seat in host.seats if seat.principal == "one")
         with host.turns._changed:
             assert host.turns._changed.wait_for(lambda: seat in host.turns._ring, PATIENCE)
@@ -552,7 +552,7 @@ def test_draining_does_what_has_come_and_then_says_so() -> None:
         host = Host(worker)  # type: ignore[arg-type]
         transport = StreamTransport(memory_dial(lambda: host, "many"), name="clinic")
         for number in (1, 2, 3):
-            transport.send(Frame(number, (Drop(1), Drop(2))))
+            transport.send(Frame(number, (Drop((1,)), Drop((2,)))))
         (seat,) = host.seats
         assert worker.begun.wait(PATIENCE)
         with seat.changed:
@@ -564,7 +564,7 @@ def test_draining_does_what_has_come_and_then_says_so() -> None:
         worker.asked.set()
         assert [within(transport.receive).number for _ in range(3)] == [1, 2, 3]
         assert worker.events == ["many"] * 6
-        transport.send(Frame(4, (Drop(1),)))
+        transport.send(Frame(4, (Drop((1,)),)))
         with pytest.raises(WorkerGone, match="worker 'clinic' was shut down"):
             within(transport.receive)
         drain.join(PATIENCE)

@@ -93,8 +93,8 @@ def alive(door: WorkerSession) -> None:
         Put(10**6, array([1.0, 2.0])),
         call("add.Tensor", Ref(10**6), 1.0, outs=(10**6 + 1,)),
         Fetch((10**6 + 1,)),
-        Drop(10**6),
-        Drop(10**6 + 1),
+        Drop((10**6,)),
+        Drop((10**6 + 1,)),
     )
     assert reply.failures == ()
     result = reply.results[0]
@@ -124,7 +124,7 @@ def door() -> Iterator[WorkerSession]:
         )
     )
     yield found
-    say(found, *[Drop(ref) for ref in list(found.store)])
+    say(found, *[Drop((ref,)) for ref in list(found.store)])
     assert found.store.held == 0
     assert not found.store.specs
     assert not found.store.cells
@@ -328,10 +328,10 @@ def test_a_bomb_is_refused_for_the_right_reason(name: str, match: str, door: Wor
 
 def test_numbers_that_would_wrap_around_are_refused(door: WorkerSession) -> None:
     for size in ([2**62], [2**40, 2**40], [2**63 - 1], [-(2**62)]):
-        found = reasons(door, call("zeros.default", size, outs=(30,)), Drop(30))
+        found = reasons(door, call("zeros.default", size, outs=(30,)), Drop((30,)))
         assert len(found) == 1, size
-    assert reasons(door, call("expand.default", Y, [2**40, 2**40], outs=(30,)), Drop(30)) != []
-    assert "LimitError" in reasons(door, call("expand.default", Y, [2**61], outs=(31,)), Drop(31))[0]
+    assert reasons(door, call("expand.default", Y, [2**40, 2**40], outs=(30,)), Drop((30,))) != []
+    assert "LimitError" in reasons(door, call("expand.default", Y, [2**61], outs=(31,)), Drop((31,)))[0]
     alive(door)
 
 
@@ -411,14 +411,14 @@ def test_a_view_keeps_the_charge_of_its_base() -> None:
                 door,
                 call("zeros.default", [MB], outs=(base,)),
                 call("slice.Tensor", Ref(base), 0, 0, 1, outs=(view,)),
-                Drop(base),
+                Drop((base,)),
             )
             == []
         )
         assert door.store.held == 4 * MB * (turn + 1)
-    alive_needs = reasons(door, call("zeros.default", [MB], outs=(12,)), Drop(12))
+    alive_needs = reasons(door, call("zeros.default", [MB], outs=(12,)), Drop((12,)))
     assert "this session holds 8,000,000 of the 8,000,000" in alive_needs[0]
-    say(door, Drop(20))
+    say(door, Drop((20,)))
     assert door.store.held == 4 * MB
     assert reasons(door, call("zeros.default", [MB], outs=(13,))) == []
 
@@ -445,9 +445,9 @@ def test_an_alias_costs_nothing_and_keeps_the_charge(view: Call) -> None:
     assert reasons(door, Put(1, array(torch.ones(1000))), view) == []
     assert door.store.held == 4000
     assert len({id(door.store.cells[ref]) for ref in door.store}) == 1
-    say(door, Drop(1))
+    say(door, Drop((1,)))
     assert door.store.held == 4000
-    say(door, Drop(2), Drop(3))
+    say(door, Drop((2,)), Drop((3,)))
     assert door.store.held == 0
 
 
@@ -465,7 +465,7 @@ def test_a_copy_is_charged_for_itself(copy: Call) -> None:
     door = session()
     assert reasons(door, Put(1, array(torch.ones(10, 100))), call("t.default", Ref(1), outs=(2,)), copy) == []
     assert door.store.held == 8000
-    say(door, Drop(1), Drop(2))
+    say(door, Drop((1,)), Drop((2,)))
     assert door.store.held == 4000
 
 
@@ -537,7 +537,7 @@ def test_many_tiny_slots_are_refused() -> None:
     assert "needs a slot" in later.failures[0].reason
     assert "needs a slot" in later.results[0].arrays[0].reason  # type: ignore[union-attr]
     assert len(reasons(door, Put(80, array(1.0)))) == 1
-    say(door, Drop(2), Drop(3), Drop(4))
+    say(door, Drop((2,)), Drop((3,)), Drop((4,)))
     alive(door)
 
 
@@ -552,7 +552,7 @@ def test_a_call_needs_room_for_all_that_it_binds() -> None:
     door = session()
     say(door, Put(1, array(torch.ones(60))))
     assert "needs a slot" in reasons(door, call("unbind.int", Ref(1), outs=tuple(range(2, 62))))[0]
-    say(door, *[Drop(ref) for ref in range(2, 62)])
+    say(door, *[Drop((ref,)) for ref in range(2, 62)])
     alive(door)
 
 
@@ -732,7 +732,7 @@ def test_tags_are_short(door: WorkerSession) -> None:
     found = say(door, *[Search(("#a",))] * 20_000)
     assert 0 < len(found.results) < 10_000
     assert "the answer would take" in found.failures[0].reason
-    say(door, Drop(1))
+    say(door, Drop((1,)))
     assert not door.store.tags
 
 

@@ -150,7 +150,7 @@ def frame(number: int, sizes: list[int]) -> Frame:
         Put(place, Array(None, torch.arange(size, dtype=torch.float32) + number * 100 + place))
         for place, size in enumerate(sizes)
     ]
-    return Frame(number, (*messages, Drop(number)))
+    return Frame(number, (*messages, Drop((number,))))
 
 
 def cut(body: Frame, acknowledged: int = 0) -> list[bytes]:

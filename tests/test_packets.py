@@ -98,7 +98,7 @@ PROGRAM = Program(
     (("lr", 2),),
 )  # fmt: skip
 FRAMES = (
-    Frame(1, (Put(1, tensor(3, 5)), CALL, Fetch((3,)), Drop(1))),
+    Frame(1, (Put(1, tensor(3, 5)), CALL, Fetch((3,)), Drop((1,)))),
     Frame(1, (Put(1, tensor(2)), Put(2, tensor(40, dtype=torch.bool)), Put(3, Array(None, torch.ones(1).expand(9))))),
     Frame(
         1, (Seed(tensor(20, dtype=torch.uint8)), Put(1, Array(None, torch.ones(4, 4, dtype=torch.complex64).conj())))

@@ -26,7 +26,7 @@ Connect = Callable[[Door], Transport]
 
 
 def frame(number: int, *messages: Message) -> Frame:
-    return Frame(number, messages or (Drop(number),))
+    return Frame(number, messages or (Drop((number,)),))
 
 
 class RecordingDoor:
@@ -90,7 +90,7 @@ class TransportContract:
     def test_messages_arrive_as_they_were_sent(self, connect: Connect) -> None:
         door = RecordingDoor()
         transport = connect(door)
-        messages = (Put(1, Array(None, torch.arange(6.0).view(2, 3).t())), Fetch((1, 2)), Drop(3))
+        messages = (Put(1, Array(None, torch.arange(6.0).view(2, 3).t())), Fetch((1, 2)), Drop((3,)))
         transport.send(frame(1, *messages))
         transport.receive()
         (seen,) = door.frames

@@ -48,17 +48,17 @@ class Kept:
         if came:
             self._values = came
 
-    def slot(self, tensor: torch.Tensor) -> tuple[Any, TensorType] | None:
-        """The slot and type of a tensor that is there already, unchanged, with nobody else pointing at it."""
+    def slot(self, tensor: torch.Tensor) -> Any:
+        """The slot of a tensor that is there already, unchanged, with nobody else pointing at it; or `None`."""
         if not self._values or not _is_shared(tensor):
             return None
         found = self._values.get(_address(tensor))
         if found is None or found[0] != type_of(tensor):
             return None
-        type_, _, slot = self._values.pop(_address(tensor))
+        _, _, slot = self._values.pop(_address(tensor))
         del found
         # Counted: `slot` here, and getrefcount's own argument. A pointer that shares it would see our changes.
-        return (slot, type_) if sys.getrefcount(slot) == 2 else None
+        return slot if sys.getrefcount(slot) == 2 else None
 
     def clear(self) -> None:
         """Let go of everything."""

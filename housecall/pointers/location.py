@@ -8,9 +8,8 @@ from __future__ import annotations
 import weakref
 
 from ..errors import UsageError
-from ..program.outcome import spec
 from ..wire.messages import Clear, Found, Open, Search, Tag
-from .dispatch import point
+from .calls import point
 from .owned import OwnedDataset
 from .session import Session, Slot
 from .tensor import PointerTensor
@@ -58,8 +57,8 @@ class Location:
         found = self.session.ask(Search(tags))
         if not isinstance(found, Found):
             return []
-        alive = [(self._tagged.get(info.id), info) for info in found.slots]
-        values = [point(PointerTensor, slot, spec(info.tensor)) for slot, info in alive if slot is not None]
+        alive = [self._tagged.get(info.id) for info in found.slots]
+        values = [point(PointerTensor, slot) for slot in alive if slot is not None]
         return [*values, *(OwnedDataset(self, owned) for owned in found.owned)]
 
     def dataset(self, name: str) -> OwnedDataset:

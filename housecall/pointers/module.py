@@ -44,6 +44,7 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
     site = caller()
     for tensor in tensors:
         _exchange(tensor, sent(session, tensor, site))
+    session.relieve()
     give_first_states(parts)
     return module
 
@@ -129,7 +130,7 @@ def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
         raise UsageError("a parameter with hooks cannot travel, they would not run at the worker: remove them first")
     arriving = isinstance(other, PointerTensor)
     away, home = (other, tensor) if arriving else (tensor, other)
-    slot, given = away._slot, away._spec  # type: ignore[attr-defined]  # `away` is the pointer of the two
+    slot = away._slot  # type: ignore[attr-defined]  # `away` is the pointer of the two
     kind = type(home) if arriving else tensor.__dict__.get("_home_class", _plain_class(tensor))
     try:
         torch._C._swap_tensor_impl(tensor, other)
@@ -139,14 +140,14 @@ def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
         ) from None
     tensor.__class__, other.__class__ = (PointerTensor, kind) if arriving else (kind, PointerTensor)
     if arriving:
-        tensor._slot, tensor._spec = slot, given  # type: ignore[attr-defined]  # it is a pointer now
+        tensor._slot = slot  # type: ignore[attr-defined]  # it is a pointer now
         tensor.__dict__["_home_class"] = kind
         tensor._is_param = issubclass(kind, nn.Parameter)  # torch's own mark
-        del other.__dict__["_slot"], other.__dict__["_spec"]
+        del other.__dict__["_slot"]
     else:
-        for name in ("_slot", "_spec", "_is_param", "_id", "_home_class"):
+        for name in ("_slot", "_is_param", "_id", "_home_class"):
             tensor.__dict__.pop(name, None)
-        other._slot, other._spec = _MOVED, given  # type: ignore[attr-defined]  # a graph may hold it; nobody else does
+        other._slot = _MOVED  # type: ignore[attr-defined]  # a graph may hold it; nobody else does
     if _shared(other) and other.requires_grad and other.is_leaf:
         other.register_hook(_stale)
 

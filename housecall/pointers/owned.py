@@ -11,8 +11,8 @@ from ..errors import UsageError
 from ..program.outcome import spec
 from ..types import TensorType
 from ..wire.messages import Column, Load, Owned
+from .calls import point
 from .data import FederatedDataset, Part
-from .dispatch import point
 from .session import Slot
 from .tensor import PointerTensor
 
@@ -26,12 +26,9 @@ class OwnedDataset(FederatedDataset):
     `name`, `tags`, `description`, `count` and `columns` (name -> dtype and shape of one record) say what it is."""
 
     def __init__(self, location: Any, owned: Owned) -> None:
-        slots = [Slot(location.session) for _ in owned.columns]
+        slots = [Slot(location.session, spec(_whole(owned.count, column))) for column in owned.columns]
         location.session.tell(Load(owned.name, tuple(slot.id for slot in slots)))
-        columns = [
-            point(PointerTensor, slot, spec(_whole(owned.count, column)))
-            for slot, column in zip(slots, owned.columns, strict=True)
-        ]
+        columns = [point(PointerTensor, slot) for slot in slots]
         _, structure = tree_flatten(tuple(columns) if len(columns) > 1 else columns[0])
         super().__init__([Part(location, columns, structure)])
         self.name, self.tags, self.description, self.count = owned.name, owned.tags, owned.description, owned.count

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,11 +35,11 @@ from ..program.ops import operator
 from ..program.outcome import Spec, spec
 from ..program.run import type_program
 from ..types import Ref
-from ..wire.messages import Define, Run
-from .dispatch import point
+from ..wire.messages import Run
+from .calls import point
 from .optimizer import follow
 from .recording import Effect, Given, Place, Plain, Recording, recording_of, settings_of, spec_of, state_of
-from .session import Session, Slot
+from .session import Slot
 from .tensor import PointerTensor
 
 __all__ = ["Recorded", "record", "run_program"]
@@ -127,7 +126,7 @@ class Recorded:
         """What decides which recording serves."""
         key = [*given.parts, torch.is_grad_enabled()]
         for leaf in given.leaves:
-            key.append(leaf._spec if type(leaf) is PointerTensor else spec_of(leaf))
+            key.append(leaf._slot.spec if type(leaf) is PointerTensor else spec_of(leaf))
             if leaf.requires_grad:
                 grad = leaf.grad if leaf.is_leaf else None
                 key.append(grad if grad is None else spec_of(grad))
@@ -277,14 +276,11 @@ def _counted(recording: Recording) -> Iterator[None]:
 # -- running ----------------------------------------------------------------------------------------------
 
 
-_defined: weakref.WeakKeyDictionary[Session, set[str]] = weakref.WeakKeyDictionary()
-
-
 def _run_recording(variant: _Variant, given: Given) -> Any:
     recording = variant.recording
     slots = _slots(recording, given)
     session = slots[0].session
-    outs = [Slot(session) for _ in variant.program.outputs]
+    outs = [Slot(session, given_spec) for given_spec in recording.outs]
     for _ in range(recording.draws):
         session.seed()
     _send(variant.program, variant.digest, variant.numbers, slots, outs)
@@ -297,13 +293,9 @@ def _run_recording(variant: _Variant, given: Given) -> Any:
 
 
 def _send(program: Program, digest: str, numbers: tuple[float, ...], slots: list[Slot], outs: list[Slot]) -> None:
-    """Queue one run, after the program itself if this session has not seen it."""
+    """Queue one run."""
     session = slots[0].session
-    known = _defined.get(session)
-    if known is None or digest not in known:
-        session.tell(Define(program))
-        _defined.setdefault(session, set()).add(digest)
-    session.tell(Run(digest, tuple([slot.id for slot in slots]), tuple([out.id for out in outs]), numbers))
+    session.run(program, Run(digest, tuple([slot.id for slot in slots]), tuple([out.id for out in outs]), numbers))
     if session.synchronous:
         session.describe(outs)
     elif session.transport.remote:
@@ -345,7 +337,7 @@ def _take_effect(effect: Effect, given: Given, outs: list[Slot]) -> None:
     if place.kind == "grad" and effect.out is not None and _is_ours_alone(leaf.grad, effect.spec):
         leaf.grad._slot = outs[effect.out]
         return
-    value = None if effect.out is None else point(PointerTensor, outs[effect.out], effect.spec)  # type: ignore[arg-type]  # an output has a type
+    value = None if effect.out is None else point(PointerTensor, outs[effect.out])
     if place.kind == "grad":
         leaf.grad = value
     elif place.kind == "leaf":
@@ -358,7 +350,10 @@ def _is_ours_alone(grad: Any, type_: Spec | None) -> bool:
     """Whether a gradient is a pointer of this type that nobody holds but its leaf: then it may point elsewhere, which
     costs less than a new one. Counted are `grad` here, getrefcount's argument, and torch's tensor."""
     return (
-        type(grad) is PointerTensor and grad._spec is type_ and sys.getrefcount(grad) == 3 and grad._use_count() == 2  # type: ignore[attr-defined]  # torch's own
+        type(grad) is PointerTensor
+        and grad._slot.spec is type_
+        and sys.getrefcount(grad) == 3
+        and grad._use_count() == 2  # type: ignore[attr-defined]  # torch's own
     )
 
 
@@ -380,8 +375,7 @@ def _result(item: Any, given: Given, outs: list[Slot]) -> Any:
         return item.value
     if isinstance(item, Place):
         return given.leaves[item.leaf]
-    out, type_ = item
-    return point(PointerTensor, outs[out], type_)
+    return point(PointerTensor, outs[item])
 
 
 def run_program(
@@ -402,8 +396,9 @@ def run_program(
         pointer = inputs[item.name]
         if not isinstance(pointer, PointerTensor):
             raise UsageError(f"input '{item.name}' is here: .send() it to a worker first")
-        if (pointer._spec.type.dtype, pointer._spec.type.shape) != (item.type.dtype, item.type.shape):
-            raise UsageError(f"input '{item.name}' is {item.type}, and was given {pointer._spec.type}")
+        found = pointer._slot.spec.type
+        if (found.dtype, found.shape) != (item.type.dtype, item.type.shape):
+            raise UsageError(f"input '{item.name}' is {item.type}, and was given {found}")
         if slots and pointer._slot.session is not slots[0].session:
             here, there = pointer.location.id, slots[0].session.location.id
             raise PlaceError(f"input '{item.name}' is at '{here}', and others are at '{there}': .move() it there")
@@ -414,11 +409,9 @@ def run_program(
     session = slots[0].session
     for _ in range(sum(operator(call.op).random for call in program.calls)):
         session.seed()
-    outs = [Slot(session) for _ in program.outputs]
+    outs = [Slot(session, spec(types[name])) for name, _ in program.outputs]
     _send(program, program.digest, tuple([float(numbers[name]) for name, _ in program.numbers]), slots, outs)
-    return {
-        name: point(PointerTensor, out, spec(types[name])) for (name, _), out in zip(program.outputs, outs, strict=True)
-    }
+    return {name: point(PointerTensor, out) for (name, _), out in zip(program.outputs, outs, strict=True)}
 
 
 # -- the function -----------------------------------------------------------------------------------------

@@ -21,16 +21,15 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
-import msgspec
 import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from ..errors import PlaceError, UsageError
-from ..program.call import HOLE, Arg, Call, Input, Items, Program, refs
+from ..program.call import HOLE, Input, Program, refs, replaced
 from ..program.check import check
-from ..program.flow import input_writes
+from ..program.flow import with_updates
 from ..program.ops import operator
 from ..program.outcome import Spec, spec
 from ..program.typing import meta, type_of
@@ -109,7 +108,7 @@ class Given:
 def spec_of(tensor: torch.Tensor) -> Spec:
     """The type of a tensor at a worker: where it is, or where it would be sent."""
     if isinstance(tensor, PointerTensor):
-        return tensor._spec
+        return tensor._slot.spec
     if tensor.layout is not torch.strided:
         raise UsageError(f"a tensor of layout {tensor.layout} cannot be recorded: call .to_dense() first")
     found = type_of(tensor.detach())
@@ -180,13 +179,14 @@ class Recording(NamedTuple):
     """A program, and what it has to do with the objects that it was recorded on.
 
     `sources`: where the slots of its inputs are found. `effects`: what a run puts where. `results`: for each leaf of
-    what the function returned its output and type, the leaf that it is, or a plain value. `counts`: whether an
-    optimizer keeps count of its steps here; `begins`: whether it made state that was not there."""
+    what the function returned its output, the leaf that it is, or a plain value; `outs`: the outputs' types. `counts`:
+    whether an optimizer keeps count of its steps here; `begins`: whether it made state that was not there."""
 
     program: Program
     sources: tuple[Place, ...]
     effects: tuple[Effect, ...]
-    results: tuple[tuple[int, Spec] | Place | Plain, ...]
+    results: tuple[int | Place | Plain, ...]
+    outs: tuple[Spec, ...]
     structure: TreeSpec
     settings: tuple[Any, ...]
     optimizers: tuple[torch.optim.Optimizer, ...]
@@ -376,6 +376,7 @@ class _Harvest:
         self._results, self._structure = tree_flatten(result)
         self._calls = loan.tape.calls()
         self._outs: dict[int, tuple[int, str]] = {}  # id on the tape -> which output, and its name
+        self._specs: list[Spec] = []  # of the outputs
         self._counts = self._begins = False
         if loan.settings != settings_of(loan.optimizers):
             raise UsageError(
@@ -391,8 +392,8 @@ class _Harvest:
         draws = sum(operator(call.op).random for call in self._calls)
         loan = self._loan
         return Recording(
-            program, sources, effects, results, self._structure, loan.settings, tuple(loan.optimizers), draws,
-            self._counts, self._begins,
+            program, sources, effects, results, tuple(self._specs), self._structure, loan.settings,
+            tuple(loan.optimizers), draws, self._counts, self._begins,
         )  # fmt: skip
 
     # -- outputs ------------------------------------------------------------------------------------------
@@ -402,7 +403,11 @@ class _Harvest:
 
     def _out(self, pointer: Any, name: str) -> int:
         """The number of the output that a pointer is."""
-        return self._outs.setdefault(pointer._slot.id, (len(self._outs), name))[0]
+        slot = pointer._slot
+        if slot.id not in self._outs:
+            self._outs[slot.id] = len(self._outs), name
+            self._specs.append(slot.spec)
+        return self._outs[slot.id][0]
 
     def _result(self, at: int, leaf: Any) -> Any:
         if not self._is_ours(leaf):
@@ -412,17 +417,17 @@ class _Harvest:
         for index, own in enumerate(self._given.leaves):
             if own is leaf:
                 return Place("leaf", index)
-        return self._out(leaf, "result" if len(self._results) == 1 else f"result[{at}]"), leaf._spec
+        return self._out(leaf, "result" if len(self._results) == 1 else f"result[{at}]")
 
     def _moved(self) -> Iterator[Effect]:
         for at, now in self._loan.moved():
             place = Place("leaf", at)
-            if not self._is_ours(now) or now._spec is not self._loan.types[place]:
+            if not self._is_ours(now) or now._slot.spec is not self._loan.types[place]:
                 raise UsageError(
                     f"the function puts another shape or kind of tensor in the place of '{self._given.names[at]}': "
                     "return the new one instead"
                 )
-            yield Effect(place, self._out(now, self._loan.name_of(place)), now._spec)
+            yield Effect(place, self._out(now, self._loan.name_of(place)), now._slot.spec)
 
     def _grads(self) -> Iterator[Effect]:
         for at, leaf in enumerate(self._given.leaves):
@@ -432,7 +437,7 @@ class _Harvest:
                 if place in self._loan.stands:
                     yield Effect(place, None)
             elif self._loan.places.get(grad._slot.id) != place:
-                yield Effect(place, self._out(grad, self._loan.name_of(place)), grad._spec)
+                yield Effect(place, self._out(grad, self._loan.name_of(place)), grad._slot.spec)
 
     def _states(self) -> Iterator[Effect]:
         for optimizer, parameter, before in self._loan.states:
@@ -447,7 +452,7 @@ class _Harvest:
         if self._is_ours(value):
             if self._loan.places.get(value._slot.id) != place:
                 self._begins |= is_new
-                yield Effect(place, self._out(value, self._loan.name_of(place)), value._spec)
+                yield Effect(place, self._out(value, self._loan.name_of(place)), value._slot.spec)
         elif is_new or not _same(before[place.name], value):
             if _is_remote(value) or isinstance(value, list | dict):
                 raise UsageError(f"{type(place.optimizer).__name__} keeps {place.name!r} here: it cannot be recorded")
@@ -480,11 +485,15 @@ class _Harvest:
                 for ref, place in zip(inputs, sources, strict=True)
             ]
         )
-        calls = tuple([_renumbered(call, ids) for call in self._calls])
-        program = Program(given, calls, tuple([(name, ids[ref]) for ref, (_, name) in self._outs.items()]))
-        updated = {item.id for _, item in input_writes(program)}
-        given = tuple([msgspec.structs.replace(item, updates=item.id in updated) for item in given])
-        program = Program(given, calls, program.outputs)
+        calls = tuple(
+            [
+                replaced(call, lambda ref: Ref(ids[ref.id]), tuple([ids[out] for out in call.outs]))
+                for call in self._calls
+            ]
+        )
+        program = with_updates(
+            Program(given, calls, tuple([(name, ids[ref]) for ref, (_, name) in self._outs.items()]))
+        )
         check(program)
         return program, sources
 
@@ -493,13 +502,3 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return bool(torch.equal(one, other))
     return type(one) is type(other) and bool(one == other)
-
-
-def _renumbered(call: Call, ids: dict[int, int]) -> Call:
-    def arg(given: Arg) -> Arg:
-        if isinstance(given, Ref):
-            return Ref(ids[given.id])
-        return Items(tuple([arg(item) for item in given.items])) if isinstance(given, Items) else given
-
-    named = {name: arg(value) for name, value in call.kwargs.items()}
-    return Call(call.op, tuple([arg(value) for value in call.args]), named, tuple([ids[out] for out in call.outs]))

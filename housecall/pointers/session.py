@@ -1,17 +1,23 @@
 """A session: one ordered, asynchronous stream of messages to one worker. Nothing waits that need not.
 
-Whatever is done to a pointer becomes a message in the outbox; the outbox leaves as a frame when it holds
-`transport.frame_messages` or when somebody waits. A caller waits only where Python needs a value.
+Calls on pointers become steps of a trace (`trace`), all else a message in the outbox. What is queued leaves as a frame
+when it is `transport.frame_messages` or when somebody waits. A caller waits only where Python needs a value.
 
 NOTE [Lifetimes]
-A `Slot` is the one object that stands for a value at the worker; pointers that alias it (`detach`) share it.
-When the last of them dies, from whichever thread, also the garbage collector's, also at exit, the slot puts
-a `Drop` into the outbox, *after* every call that used it: appending to a deque is atomic and needs no lock.
-Finalizers stand here and not on the tensor, since modules swap what a tensor object holds.
+A `Slot` is the one object that stands for a value at the worker; pointers that alias it (`detach`) share it. When the
+last of them dies, from whichever thread, also the garbage collector's, also at exit, the slot notes its id in
+`dropped`: appending to a deque is atomic and needs no lock. What was issued before may use it, so its `Drop` stands
+behind that; a result of the present trace is not bound at all. Finalizers stand here and not on the tensor, since
+modules swap what a tensor object holds.
+
+NOTE [Unused values]
+A value that was sent waits until something uses it, or somebody waits. One that is dropped before never travels, so the
+gradients that go along with a model cost nothing where `zero_grad` follows. And to a remote worker a large one travels
+while the worker does what was issued before its first use.
 
 NOTE [Late errors]
-A call is sent long before it fails, so each message is queued beside the line that issued it. The lines of a
-frame are kept until its reply has come, then only those of calls that failed.
+A call is sent long before it fails, so each message is queued beside the line that issued it, a trace beside a line for
+each call. The lines of a frame are kept until its reply has come, then only those of calls that failed.
 """
 
 from __future__ import annotations
@@ -29,15 +35,18 @@ from collections.abc import Iterable
 from types import CodeType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
+import msgspec
 import torch
 
 from ..errors import OperatorError, PolicyError, ProtocolError, UsageError, WorkerGone
-from ..program.call import Call, Items, refs
+from ..program.call import Call, Program, call_text
+from ..program.outcome import Spec, spec
 from ..program.typing import type_of
 from ..transport.arrays import share
 from ..types import Ref, TensorType, Transport
 from ..wire.messages import (
     Array,
+    Define,
     Describe,
     Drop,
     Failure,
@@ -47,18 +56,21 @@ from ..wire.messages import (
     Put,
     Reply,
     Result,
+    Run,
     Seed,
     Types,
     Value,
 )
 from .kept import Kept
 from .randomness import Follower
+from .trace import Trace, Tree, freed
 
-__all__ = ["Session", "Site", "Slot", "caller", "is_callers"]
+__all__ = ["Cut", "Session", "Site", "Slot", "caller", "is_callers"]
 
 
 Answer = TypeVar("Answer", Types, Value)
 LARGE_BYTES = 1 << 28  # of tensors in one frame; a larger one travels alone
+CUT_BYTES = 1 << 18  # of a value that travels while the worker does what was issued before its first use
 
 
 class Site(NamedTuple):
@@ -99,47 +111,42 @@ def caller(depth: int = 1) -> Site | None:
     return None
 
 
+class Cut(Exception):  # an event, not an error: `dispatch` begins the call anew
+    """What was issued had better leave before the call at hand, which uses a large value that has yet to travel."""
+
+
 class Slot:
-    """One value at a worker. Dies with the last pointer to it, and frees the value then."""
+    """One value at a worker. Dies with the last pointer to it, and frees the value then.
 
-    __slots__ = ("__weakref__", "id", "outbox", "ref", "session")
+    `register` is its place in `trace`, while that is its session's present one. `spec` is its type at the start of a
+    storage, `skip` how many bytes of its storage come before it: so batches that are views of one column are alike."""
 
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.outbox = session.outbox
+    __slots__ = ("__weakref__", "_dropped", "id", "register", "session", "skip", "spec", "trace")
+
+    def __init__(self, session: Session, spec: Spec, trace: Trace | None = None, skip: int = 0) -> None:
+        self.session, self.spec, self.trace, self.skip = session, spec.start, trace, skip + spec.skip
+        self._dropped = session.dropped
         self.id = next(session.ids)
-        self.ref = Ref(self.id)
+        if trace is not None:
+            self.register = trace.bind(self.id)
+
+    @property
+    def type(self) -> TensorType:
+        """Its type where it lies."""
+        return msgspec.structs.replace(self.spec.type, offset=self.skip // self.spec.dtype.itemsize)
 
     def __del__(self) -> None:
-        self.outbox.append((Drop(self.id), None))
+        self._dropped.append(self.id)
 
 
-def _forget_unused(messages: list[Message]) -> int:
-    """A value that was sent and dropped again before anything used it need not travel: its `Put` becomes a `Drop`.
+class Ran(NamedTuple):
+    """A program that was recorded and is run: the line that runs it stands for its calls."""
 
-    So the gradients that go along with a model cost nothing where `zero_grad` follows. Returns the bytes of the
-    elements that do travel."""
-    unused: dict[int, int] = {}
-    travelling = 0
-    for index, message in enumerate(messages):
-        kind = type(message)
-        if kind is Put:
-            unused[message.id] = index  # type: ignore[union-attr]  # `kind` says it is a Put
-            travelling += message.value.data.nbytes  # type: ignore[union-attr]  # as above
-        elif not unused:
-            continue
-        elif kind is Drop:
-            put = unused.pop(message.id, None)  # type: ignore[union-attr]  # as above
-            if put is not None:
-                travelling -= messages[put].value.data.nbytes  # type: ignore[union-attr]  # as above
-                messages[put] = message
-        elif kind is Call:
-            for arg in (*message.args, *message.kwargs.values()):  # type: ignore[union-attr]  # as above
-                for ref in refs(arg) if type(arg) is Items else (arg.id,) if type(arg) is Ref else ():
-                    unused.pop(ref, None)
-        else:
-            unused.clear()
-    return travelling
+    program: Program
+    site: Site | None
+
+
+Issued = tuple[Message, Any]  # with the line that issued it: a `Site`, a `Ran`, a list of lines for a trace
 
 
 class Session:
@@ -151,106 +158,239 @@ class Session:
     def __init__(self, transport: Transport, location: Any, *, synchronous: bool = False) -> None:
         self.transport = transport
         self.location = location
-        self.synchronous = synchronous
         # Ids start at random, from the system's generator: two sessions' ids do not look alike, and reseeding
         # `random` cannot make them collide. Within the session they count, so none comes twice.
         self.ids = itertools.count(10**10 + secrets.randbelow(8 * 10**10))
-        self.outbox: deque[tuple[Message, Site | None]] = deque()
-        self._frame_messages = transport.frame_messages
+        self.dropped: deque[int] = deque()
+        self.outbox: list[Issued] = []
+        self._sent: dict[int, Issued] = {}  # values that were sent and that nothing has used yet: NOTE [Unused values]
+        self.lock = threading.RLock()
         self.frames = 0
         self.waits = 0
         self.bytes_sent = 0  # elements of tensors, either way; the calls themselves are small
         self.bytes_fetched = 0
         self.follower = Follower()
         self._kept = Kept()
-        self._queued_bytes = 0  # of tensors, since the last frame left
-        self._sites: dict[int, list[Site | None]] = {}
-        self._failed: dict[tuple[int, int], Site | None] = {}
+        self._queued_bytes = 0  # of tensors in the outbox, and of those that nothing has used yet
+        self._unused_bytes = 0
+        self._programs: set[str] = set()  # digests of what the worker keeps
+        self._sites: dict[int, list[Any]] = {}
+        self._failed: dict[tuple[int, int, int | None], Any] = {}
         self._latest: Failure | None = None  # of the last wait
-        self._lock = threading.RLock()
+        self._synchronous = synchronous
+        self._tree = Tree()
+        self.trace = self._new_trace()
         Session.live.add(self)
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether each call waits for its result."""
+        return self._synchronous
+
+    @synchronous.setter
+    def synchronous(self, on: bool) -> None:
+        with self.lock:
+            self._synchronous = on
+            self.flush()
+            self.trace = self._new_trace()
+
+    def _new_trace(self) -> Trace:
+        return Trace(self._tree, 1 if self._synchronous else self.transport.frame_messages)
 
     # -- issuing ------------------------------------------------------------------------------------------
 
-    def issue(self, call: Call) -> None:
-        """Queue a call. Returns at once, unless the session is synchronous."""
-        self.outbox.append((call, caller(4)))  # above: dispatch, __torch_dispatch__
-        if self.synchronous:
-            self.wait()
-            if self._latest is not None:
-                raise self.error(self._latest)
-        elif len(self.outbox) >= self._frame_messages:
-            self.flush()
+    def full(self) -> None:
+        """The present trace has all the calls that it should take: it leaves, unless the session is synchronous; then
+        wait, and raise what failed."""
+        if not self._synchronous:
+            self.cut()
+            return
+        self.wait()
+        if self._latest is not None:
+            raise self.error(self._latest)
 
-    def put(self, tensor: torch.Tensor, site: Site | None = None) -> tuple[Slot, TensorType]:
-        """Queue a copy of a local tensor, made when either side first writes; return its slot and type there."""
+    def put(self, tensor: torch.Tensor, site: Site | None = None) -> Slot:
+        """Queue a copy of a local tensor, made when either side first writes; its slot."""
         if self._kept:
-            kept = self._kept.slot(tensor)
+            kept: Slot | None = self._kept.slot(tensor)
             if kept is not None:
                 return kept
         array = share(tensor)
-        self._make_room(array.data.untyped_storage().nbytes())  # a repeated dimension travels once
-        slot = Slot(self)
-        self.outbox.append((Put(slot.id, array), site or caller()))
-        return slot, type_of(array.data)
+        nbytes = array.data.nbytes
+        if nbytes > self.transport.frame_bytes:
+            nbytes = array.data.untyped_storage().nbytes()  # a repeated dimension travels once
+            self._check_size(nbytes)
+        slot = Slot(self, spec(type_of(array.data)))
+        self._sent[slot.id] = Put(slot.id, array), site or caller()
+        self._unused_bytes += nbytes
+        return slot
 
-    def _make_room(self, nbytes: int) -> None:
-        """Large tensors travel in frames of their own. Raises `UsageError` for one that the worker would refuse."""
+    def _check_size(self, nbytes: int) -> None:
+        """Raise `UsageError` for a tensor that the worker would refuse."""
         most = self.transport.frame_bytes
         if nbytes > most:
             raise UsageError(
                 f"worker '{self.location.id}' takes at most {most:,} bytes of tensors at once, and this one has "
                 f"{nbytes:,}: send it in parts, or let the worker's owner raise frame_mb in worker.toml"
             )
-        self._queued_bytes += nbytes
-        if self._queued_bytes > LARGE_BYTES or self._queued_bytes > most:
-            self.flush()
-            self._queued_bytes = nbytes
 
-    def tell(self, message: Message) -> None:
+    def relieve(self) -> None:
+        """Let what is queued leave if it is much."""
+        if self._queued_bytes + self._unused_bytes > LARGE_BYTES:
+            self.flush()
+
+    def take(self, slot: Slot) -> Ref:
+        """Make a slot of before an input of the present trace. Raises `Cut` if what was issued should leave first."""
+        trace = self.trace
+        if slot.id in self._sent:
+            if trace.sites and self.transport.remote and _nbytes(self._sent[slot.id]) >= CUT_BYTES:
+                raise Cut
+            self._use(slot.id)
+        slot.trace, slot.register = trace, trace.take(slot.id, slot.spec)
+        return slot.register
+
+    def _use(self, ref: int) -> None:
+        """Something uses a value that was sent: it will travel."""
+        entry = self._sent.pop(ref)
+        nbytes = _nbytes(entry)
+        self._unused_bytes -= nbytes
+        self._queued_bytes += nbytes
+        self.outbox.append(entry)
+
+    def _use_all(self) -> None:
+        for ref in tuple(self._sent):
+            self._use(ref)
+
+    def cut(self) -> None:
+        """What was issued leaves, without what it does not use."""
+        self._end_trace()
+        self._leave()
+
+    def tell(self, message: Message, site: Any = None) -> None:
         """Queue a message that asks for nothing."""
-        self.outbox.append((message, caller()))
+        with self.lock:
+            self._end_trace()
+            self._use_all()
+            self.outbox.append((message, site or caller()))
+
+    def run(self, program: Program, run: Run) -> None:
+        """Queue a run of a program that was recorded."""
+        with self.lock:
+            self._end_trace()
+            self._define(program, run.digest)
+            for ref in run.inputs:
+                if ref in self._sent:
+                    self._use(ref)
+            self.outbox.append((run, Ran(program, caller())))
+
+    def _define(self, program: Program, digest: str) -> None:
+        """Queue a program, if the worker has not got it."""
+        if digest not in self._programs:
+            self._programs.add(digest)
+            self.outbox.append((Define(program), None))
 
     def seed(self) -> None:
         """Before a random call: let the worker's generator follow the caller's. See `randomness`."""
         state = self.follower.next_state()
         if state is not None:
-            self.outbox.append((Seed(share(state)), None))
+            with self.lock:
+                self._end_trace()
+                self.outbox.append((Seed(share(state)), None))
+
+    def _end_trace(self, last: Call | None = None) -> None:
+        """What was issued takes its place in the outbox, with one more call, and behind it the drops of what is no
+        longer pointed at."""
+        trace = self.trace
+        dropped: list[int] = []
+        while self.dropped:
+            dropped.append(self.dropped.popleft())
+        if trace.ids:
+            self.trace = self._new_trace()
+        if trace.sites:
+            dropped = self._spoken(trace, dropped)
+        if last is not None:
+            self.outbox.append((last, caller()))
+        if self._sent:
+            dropped = [ref for ref in dropped if not self._forgotten(ref)]
+        if dropped:
+            self.outbox.append((Drop(tuple(dropped)), None))
+
+    def _forgotten(self, ref: int) -> bool:
+        """NOTE [Unused values]: forget a value that nothing has used; whether it was one."""
+        entry = self._sent.pop(ref, None)
+        if entry is not None:
+            self._unused_bytes -= _nbytes(entry)
+        return entry is not None
+
+    def _spoken(self, trace: Trace, dropped: list[int]) -> list[int]:
+        """Queue a trace: its program if it has one, else its calls. Which of the dropped are still to be said."""
+        dead, inputs = set(dropped), trace.step.inputs
+        alive = trace.alive(dead)
+        ending = trace.tree.ending(trace.step, alive)
+        ids = trace.ids
+        if ending.program is not None:
+            self._define(ending.program, ending.digest)
+            given, outs = tuple([ids[at] for at in inputs]), tuple([ids[at] for at in alive])
+            self.outbox.append((Run(ending.digest, given, outs, tuple(trace.numbers)), trace.sites))
+            made = dead.difference(given).intersection(ids)
+            return [ref for ref in dropped if ref not in made]
+        sites = iter(trace.sites)
+        said: set[int] = set()
+        for call, dead_now in freed(trace.calls(), dead):
+            self.outbox.append((call, next(sites)))
+            if dead_now:
+                said.update(dead_now)
+                self.outbox.append((Drop(dead_now), None))
+        return [ref for ref in dropped if ref not in said]
 
     def flush(self) -> None:
-        """Send what is queued as one frame."""
-        with self._lock:
-            messages: list[Message] = []
-            sites: list[Site | None] = []
-            outbox = self.outbox
-            self._queued_bytes = 0
-            sends = False
-            while outbox:
-                message, site = outbox.popleft()
-                messages.append(message)
-                sites.append(site)
-                sends = sends or type(message) is Put
-            if messages:
-                if sends:
-                    self.bytes_sent += _forget_unused(messages)
-                self.frames += 1
-                self._sites[self.frames] = sites
-                try:
-                    self.transport.send(Frame(self.frames, tuple(messages)))
-                except WorkerGone as error:
-                    raise self._gone(error) from None
+        """Send what is queued."""
+        with self.lock:
+            self._end_trace()
+            if self._sent:
+                self._use_all()
+            self._leave()
+
+    def _leave(self) -> None:
+        """Send the outbox as frames: one, unless it brings more than a frame should."""
+        queued, self.outbox = self.outbox, []
+        most = min(LARGE_BYTES, self.transport.frame_bytes)
+        if queued and self._queued_bytes <= most:
+            self._send(queued, self._queued_bytes)
+        elif queued:
+            nbytes, frame = 0, []
+            for entry in queued:
+                brings = _nbytes(entry)
+                if frame and nbytes + brings > most:
+                    self._send(frame, nbytes)
+                    nbytes, frame = 0, []
+                nbytes += brings
+                frame.append(entry)
+            self._send(frame, nbytes)
+        self._queued_bytes = 0
+
+    def _send(self, queued: list[Issued], nbytes: int) -> None:
+        self.bytes_sent += nbytes
+        self.frames += 1
+        self._sites[self.frames] = [site for _, site in queued]
+        try:
+            self.transport.send(Frame(self.frames, tuple([message for message, _ in queued])))
+        except WorkerGone as error:
+            raise self._gone(error) from None
 
     @property
     def busy(self) -> bool:
         """Whether work is queued or under way; dropping is no work."""
-        return bool(self._sites) or any(type(message) is not Drop for message, _ in tuple(self.outbox))
+        if self._sites or self.trace.sites or self._sent:
+            return True
+        return any(type(message) is not Drop for message, _ in tuple(self.outbox))
 
     # -- waiting ------------------------------------------------------------------------------------------
 
     def ask(self, message: Message) -> Result:
         """Queue a message that asks, wait, and return its result."""
-        with self._lock:
-            self.outbox.append((message, caller()))
+        with self.lock:
+            self.tell(message)
             results = self.wait()
             if not results and self._latest is not None:
                 raise self.error(self._latest)
@@ -262,7 +402,7 @@ class Session:
         """Wait for everything queued so far; other workers with work to do run meanwhile.
 
         Raises `OperatorError` if a write failed that nobody would notice otherwise."""
-        with self._lock:
+        with self.lock:
             self.flush()
             for other in Session.live:
                 if other is not self and other.busy:
@@ -295,7 +435,13 @@ class Session:
             self._kept.keep(slots, values)
         return values
 
-    def describe(self, slots: Iterable[Slot]) -> list[Any]:
+    def types_of(self, call: Call, slots: list[Slot]) -> list[TensorType | None]:
+        """Issue a call whose results only the worker can type, and ask it: `None` for a hole."""
+        with self.lock:
+            self._end_trace(call)
+            return self.describe(slots)
+
+    def describe(self, slots: Iterable[Slot]) -> list[TensorType | None]:
         """The types of these slots, `None` for a hole. Raises `OperatorError` for the first that failed."""
         slots = tuple(slots)
         found = self._asked(Describe(tuple(slot.id for slot in slots)), Types)
@@ -304,7 +450,7 @@ class Session:
                 raise self.error(item)
         if len(found.types) != len(slots):
             raise ProtocolError(f"worker '{self.location.id}' gave {len(found.types)} types for {len(slots)} slots")
-        return list(found.types)
+        return list(found.types)  # type: ignore[arg-type]  # a failure was raised
 
     def _asked(self, message: Message, kind: type[Answer]) -> Answer:
         found = self.ask(message)
@@ -317,8 +463,11 @@ class Session:
         """The error for a failure: where it ran, what ran, and which line issued it; or that an owner said no."""
         if failure.operator == "release":
             return PolicyError(f"worker '{self.location.id}': {failure.reason}")
-        site = self._failed.get((failure.frame, failure.index))
-        return OperatorError(self.location.id, failure.operator, failure.reason, str(site) if site else "")
+        site, reason = self._failed.get((failure.frame, failure.index, failure.call)), failure.reason
+        if isinstance(site, Ran):
+            reason = f"{_call_of(site.program, failure.call)}{reason}"
+            site = site.site
+        return OperatorError(self.location.id, failure.operator, reason, str(site) if site else "")
 
     def forget(self) -> None:
         """Let go of values that came home but whose slots still stand at the worker. See `kept`."""
@@ -329,19 +478,21 @@ class Session:
         Session.live.discard(self)
         self._kept.clear()
         self.outbox.clear()
+        self._sent.clear()
+        self.trace = self._new_trace()
         self.transport.close()
 
     def _start(self) -> None:
         """Let what is queued run beside whoever waits for another session. A session that another thread is busy
         with is left to that thread: to wait for its lock while holding one's own is how two threads get stuck. That
         its worker is gone is for whoever waits for it to hear."""
-        if self._lock.acquire(blocking=False):
+        if self.lock.acquire(blocking=False):
             try:
                 with contextlib.suppress(WorkerGone):
                     self.flush()
                     self.transport.start()
             finally:
-                self._lock.release()
+                self.lock.release()
 
     def _received(self) -> Reply:
         try:
@@ -353,10 +504,12 @@ class Session:
     def _gone(self, error: WorkerGone) -> WorkerGone:
         """The same error with what was lost; nobody starts this session's work any more."""
         Session.live.discard(self)
-        sites = [site for frame in self._sites.values() for site in frame if site is not None]
+        issued = [site for frame in self._sites.values() for site in frame if site is not None]
+        sites = [one for site in issued for one in (site if isinstance(site, list) else [site])]
         if not sites:
             return error
-        return WorkerGone(f"{error}. Unanswered: {len(sites)} messages, the oldest issued at {sites[0]}")
+        oldest = sites[0].site if isinstance(sites[0], Ran) else sites[0]
+        return WorkerGone(f"{error}. Unanswered: {len(sites)} messages, the oldest issued at {oldest}")
 
     def _settle(self, reply: Reply) -> list[Failure]:
         """Forget the lines of an answered frame but those of failures; return the failures nobody would see."""
@@ -365,10 +518,30 @@ class Session:
             raise ProtocolError(f"worker '{self.location.id}' answered frame {reply.number}, which is not open")
         for failure in reply.failures:
             if failure.frame == reply.number:
-                if failure.index >= len(sites):
-                    raise ProtocolError(
-                        f"worker '{self.location.id}' says that message {failure.index} failed; no such"
-                    )
-                self._failed[(failure.frame, failure.index)] = sites[failure.index]
+                self._failed[(failure.frame, failure.index, failure.call)] = self._site(failure, sites)
             self._latest = failure
         return [failure for failure in reply.failures if failure.writes]
+
+    def _site(self, failure: Failure, sites: list[Any]) -> Any:
+        """The line of what failed in a frame of these lines."""
+        if failure.index < len(sites):
+            found = sites[failure.index]
+            if not isinstance(found, list):
+                return found
+            if failure.call is None or failure.call < len(found):
+                return found[failure.call or 0]
+        raise ProtocolError(f"worker '{self.location.id}' says that message {failure.index} failed; no such")
+
+
+def _call_of(program: Program, number: int | None) -> str:
+    """What failed within a program, for the reason of an error."""
+    if number is None or number >= len(program.calls):
+        return ""
+    names = {item.id: item.name for item in program.inputs} | {ref: name for name, ref in program.numbers}
+    return f"call {number}, `{call_text(program.calls[number], names)}`; what does not depend on it was done: "
+
+
+def _nbytes(entry: Issued) -> int:
+    """The bytes of elements that a message brings."""
+    message = entry[0]
+    return message.value.data.nbytes if type(message) is Put else 0

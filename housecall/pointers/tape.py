@@ -13,16 +13,18 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import UsageError
-from ..program.call import Arg, Call, Complex, Items, Symbol
+from ..program.call import Call
 from ..program.outcome import spec
-from ..program.typing import type_of
 from ..types import TensorType
 from ..wire.messages import Message, Result
-from .dispatch import point
+from .calls import Rule, issue, point
 from .session import Session, Site, Slot, caller
 from .tensor import PointerTensor
 
 __all__ = ["Tape"]
+
+
+_FULL = Rule(torch.ops.aten.full.default)
 
 
 class _Nowhere:
@@ -63,32 +65,23 @@ class Tape(Session):
 
     def stand_in(self, type_: TensorType) -> PointerTensor:
         """A pointer of this type with nothing behind it: an input."""
-        pointer: PointerTensor = point(PointerTensor, Slot(self), spec(type_))
+        pointer: PointerTensor = point(PointerTensor, Slot(self, spec(type_)))
         return pointer
 
     def calls(self) -> list[Call]:
-        """What was issued so far, in order; the tape is empty then."""
-        found = []
-        while self.outbox:
-            message, _ = self.outbox.popleft()
-            if type(message) is Call:
-                found.append(message)
-        return found
+        """What was issued, in order, over ids of the tape."""
+        return self.trace.calls()
 
-    def put(self, tensor: torch.Tensor, site: Site | None = None) -> tuple[Slot, TensorType]:
+    def put(self, tensor: torch.Tensor, site: Site | None = None) -> Slot:
         """A local number becomes a constant of the program; a local tensor with dimensions is refused."""
         if tensor.dim():
             raise UsageError(
                 f"a local tensor of shape {tuple(tensor.shape)} cannot be recorded, at {caller()}. Make it an argument "
                 "of the function, so that it becomes an input of the program"
             )
-        type_ = type_of(tensor)
-        value = tensor.item()
-        number = Complex(value.real, value.imag) if isinstance(value, complex) else value
-        named: dict[str, Arg] = {"dtype": Symbol("dtype", type_.dtype), "device": Symbol("device", "cpu")}
-        slot = Slot(self)
-        self.outbox.append((Call("full.default", (Items(()), number), named, (slot.id,)), None))
-        return slot, TensorType(type_.dtype, (), ())
+        named = {"dtype": tensor.dtype, "device": torch.device("cpu")}
+        pointer: PointerTensor = issue(PointerTensor, _FULL, self, ((), tensor.item()), named)
+        return pointer._slot
 
     def seed(self) -> None:
         """The worker's generator is told when the program runs."""
@@ -100,7 +93,7 @@ class Tape(Session):
         """Refused."""
         self._refuse("a wait for the worker")
 
-    def tell(self, message: Message) -> NoReturn:
+    def tell(self, message: Message, site: Any = None) -> NoReturn:
         """Refused."""
         self._refuse(f"a {type(message).__name__.lower()}")
 
@@ -112,10 +105,13 @@ class Tape(Session):
         """Refused."""
         self._refuse("a value (`.item()`, `bool()`, `.get()`, a branch that depends on one)")
 
+    def types_of(self, call: Call, slots: list[Slot]) -> NoReturn:
+        """Refused."""
+        self._refuse(f"a shape that depends on values (`{call.op.partition('.')[0]}`)")
+
     def describe(self, slots: Iterable[Slot]) -> NoReturn:
         """Refused."""
-        ops = [message.op for message, _ in tuple(self.outbox) if type(message) is Call]
-        self._refuse(f"a shape that depends on values (`{ops[-1].partition('.')[0]}`)" if ops else "a shape")
+        self._refuse("a shape")
 
     def _refuse(self, what: str) -> NoReturn:
         raise UsageError(

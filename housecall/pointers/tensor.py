@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import SpentPointerError, UsageError
-from ..program.outcome import Spec, spec
 from ..program.typing import DTYPES
 from ..wire.codec import ITEM_BYTES
-from .dispatch import dispatch, point
+from .calls import point
+from .dispatch import dispatch
 from .request import OwnersAnswer, ask_owner
 from .session import Session, Site, Slot
 
@@ -41,14 +41,11 @@ class PointerTensor(torch.Tensor):
     """A tensor at a worker. `.get()` brings it home, `.location` says where it is."""
 
     _slot: Slot
-    _spec: Spec
 
     # Everything is done below, where autograd has already run: the Python-level protocol would only cost.
     __torch_function__: Any = torch._C._disabled_torch_function_impl
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch types its own as a stub
-        return dispatch(cls, func, args, kwargs or {})
+    __torch_dispatch__ = classmethod(dispatch)  # type: ignore[assignment]  # torch types its own as a stub
 
     # -- where --------------------------------------------------------------------------------------------
 
@@ -157,7 +154,7 @@ class PointerTensor(torch.Tensor):
         if not isinstance(other, PointerTensor) or other._slot.session is not self._slot.session:
             raise UsageError(f".data of a tensor at '{self.location.id}' takes a pointer to that worker; .send() it")
         torch.Tensor.data.__set__(self, other.detach())  # type: ignore[attr-defined]  # a getset descriptor
-        self._slot, self._spec = other._slot, other._spec
+        self._slot = other._slot
 
     def tolist(self) -> Any:
         """The value as nested lists; one round trip."""
@@ -230,7 +227,10 @@ def send(tensor: torch.Tensor, location: Any) -> PointerTensor:
     A tensor that was computed with autograd is refused: its graph does not cross to the worker."""
     if isinstance(tensor, PointerTensor):
         tensor.send(location)
-    return sent(session_of(location), tensor, None)
+    session = session_of(location)
+    pointer = sent(session, tensor, None)
+    session.relieve()
+    return pointer
 
 
 _TRAVEL = frozenset(DTYPES[name] for name in ITEM_BYTES if name in DTYPES)
@@ -242,8 +242,7 @@ def sent(session: Session, tensor: torch.Tensor, site: Site | None) -> PointerTe
         raise UsageError(f"a tensor of layout {tensor.layout} cannot be sent: call .to_dense() first")
     if tensor.dtype not in _TRAVEL:
         raise UsageError(f"a tensor of {tensor.dtype} cannot be sent: convert it first, with .to(dtype)")
-    slot, type_ = session.put(tensor, site)
-    pointer: PointerTensor = point(PointerTensor, slot, spec(type_))
+    pointer: PointerTensor = point(PointerTensor, session.put(tensor, site))
     if tensor.requires_grad:
         if not tensor.is_leaf:
             raise UsageError(

@@ -14,7 +14,7 @@ the hole would shift every later result by one, silently. A hole is the id 0.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import msgspec
@@ -32,6 +32,7 @@ __all__ = [
     "Symbol",
     "call_text",
     "refs",
+    "replaced",
     "text",
     "with_numbers",
 ]
@@ -122,22 +123,20 @@ def with_numbers(program: Program, numbers: Mapping[str, float]) -> Program:
     if not program.numbers:
         return program
     values = {ref: numbers[name] for name, ref in program.numbers}
+    calls = [replaced(call, lambda ref: values.get(ref.id, ref), call.outs) for call in program.calls]
+    return Program(program.inputs, tuple(calls), program.outputs)
 
-    def placed(arg: Arg) -> Arg:
-        return values.get(arg.id, arg) if isinstance(arg, Ref) else arg
 
-    calls = tuple(
-        [
-            Call(
-                call.op,
-                tuple(map(placed, call.args)),
-                {name: placed(arg) for name, arg in call.kwargs.items()},
-                call.outs,
-            )
-            for call in program.calls
-        ]
-    )
-    return Program(program.inputs, calls, program.outputs)
+def replaced(call: Call, change: Callable[[Ref], Arg], outs: tuple[int, ...]) -> Call:
+    """The same call with something else in the place of each `Ref`, also within lists, and binding other ids."""
+
+    def arg(given: Arg) -> Arg:
+        if isinstance(given, Ref):
+            return change(given)
+        return Items(tuple([arg(item) for item in given.items])) if isinstance(given, Items) else given
+
+    args = tuple([arg(value) for value in call.args])  # in the order in which they stand
+    return Call(call.op, args, {name: arg(value) for name, value in call.kwargs.items()}, outs)
 
 
 def text(program: Program) -> str:

@@ -7,14 +7,16 @@ here, while a worker's store sees the storages themselves. So a store's label is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+
+import msgspec
 
 from ..types import PUBLIC, Label
 from .call import HOLE, Call, Input, Program, refs, with_numbers
 from .check import arguments, check, written_by
 from .ops import Operator, operator
 
-__all__ = ["flow", "input_writes", "label_of", "shows_elements", "written"]
+__all__ = ["derived", "flow", "input_writes", "label_of", "shows_elements", "with_updates", "written"]
 
 
 def flow(program: Program, labels: Mapping[str, Label]) -> dict[str, Label]:
@@ -26,10 +28,28 @@ def flow(program: Program, labels: Mapping[str, Label]) -> dict[str, Label]:
     walk = _Walk()
     for item in program.inputs:
         walk.bind(item.id, labels.get(item.name, PUBLIC), ())
-    for call in with_numbers(program, {name: 0.0 for name, _ in program.numbers}).calls:
+    for call in _without_numbers(program):
         walk.call(call)
     updated = {item.name: walk.label(item.id) for item in program.inputs if item.updates}
     return {**updated, **{name: walk.label(ref) for name, ref in program.outputs}}
+
+
+def derived(program: Program, calls: Collection[int]) -> set[int]:
+    """The ids of values that derive from what the calls of these numbers make and write; the inputs as they are after
+    the run."""
+    walk, here = _Walk(), Label(("here",))
+    for item in program.inputs:
+        walk.bind(item.id, PUBLIC, ())
+    for number, call in enumerate(_without_numbers(program)):
+        walk.call(call)
+        if number in calls:
+            for ref in (*call.outs, *written(call, operator(call.op))):
+                walk.join(ref, here)
+    return walk.labelled()
+
+
+def _without_numbers(program: Program) -> tuple[Call, ...]:
+    return with_numbers(program, {name: 0.0 for name, _ in program.numbers}).calls
 
 
 def label_of(call: Call, labels: Mapping[int, Label]) -> Label:
@@ -61,6 +81,13 @@ def input_writes(program: Program) -> Iterator[tuple[int, Input]]:
             shares.update(dict.fromkeys(call.outs, roots))
 
 
+def with_updates(program: Program) -> Program:
+    """The same program, saying of each input whether it may change it."""
+    updated = {item.id for _, item in input_writes(program)}
+    inputs = tuple([msgspec.structs.replace(item, updates=item.id in updated) for item in program.inputs])
+    return msgspec.structs.replace(program, inputs=inputs)
+
+
 def shows_elements(rules: Operator) -> bool:
     """Whether what an operator gives shows elements by other means than elements: a shape that depends on them, or a
     number or truth for Python. With a private operand such a call is refused."""
@@ -77,6 +104,14 @@ class _Walk:
     def label(self, ref: int) -> Label:
         return self._labels[self._root(ref)]
 
+    def join(self, ref: int, label: Label) -> None:
+        """What this id holds, and all that may share its storage, derives from `label` as well."""
+        if ref != HOLE:
+            self._labels[self._root(ref)] = self.label(ref) | label
+
+    def labelled(self) -> set[int]:
+        return {ref for ref in self._group if self.label(ref)}
+
     def bind(self, ref: int, label: Label, shares: tuple[int, ...]) -> None:
         self._group[ref] = ref
         self._labels[ref] = label
@@ -90,7 +125,7 @@ class _Walk:
             for ref in refs(arg):
                 label = label | self.label(ref)
         for ref in written(call, rules):
-            self._labels[self._root(ref)] = self.label(ref) | label
+            self.join(ref, label)
         by_name = {param.name: arg for param, arg in arguments(rules, call)}
         sources = [by_name[item.view_of] for item in rules.returns if item.view_of in by_name]
         shares = tuple(ref for source in sources for ref in refs(source))

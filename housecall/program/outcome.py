@@ -11,6 +11,7 @@ import functools
 import math
 from typing import Any
 
+import msgspec
 import torch
 
 from ..types import TensorType
@@ -25,10 +26,11 @@ class Spec:
     """A `TensorType` with what torch needs to make a tensor of it. One object for one type, so that it hashes
     and compares by identity.
 
+    `start` is the same type at the start of its storage, `skip` how many bytes of the storage come before this one.
     `volume` is the bytes of its elements, each counted as often as it is repeated: what a loop over it goes through.
     An empty dimension counts as one, since some loops go over the others."""
 
-    __slots__ = ("bits", "device", "dtype", "offset", "size", "stride", "type", "volume")
+    __slots__ = ("bits", "device", "dtype", "offset", "size", "skip", "start", "stride", "type", "volume")
 
     def __init__(self, type_: TensorType) -> None:
         self.type = type_
@@ -38,6 +40,8 @@ class Spec:
         self.dtype = DTYPES[type_.dtype]
         self.device = torch.device(type_.device)
         self.bits = type_.conj or type_.neg
+        self.skip = type_.offset * self.dtype.itemsize
+        self.start: Spec = spec(msgspec.structs.replace(type_, offset=0)) if type_.offset else self
         self.volume = self.dtype.itemsize * math.prod(max(n, 1) for n in type_.shape)
 
 

@@ -91,8 +91,8 @@ class Define(Struct, frozen=True, tag="define", tag_field="t"):
 
 class Run(Struct, frozen=True, tag="run", tag_field="t"):
     """Run a program that was defined: `inputs` are slots in the order of its inputs, `outs` new ids in the order of its
-    outputs, `numbers` in the order of its numbers. Inputs that it updates are changed in place. If it fails, no output
-    is bound, and the failure says whether inputs were changed already."""
+    outputs, `numbers` in the order of its numbers. It does what its calls would do one by one: inputs that it updates
+    are changed in place; if a call fails, so does what depends on it, and the others are done."""
 
     digest: str
     inputs: tuple[int, ...]
@@ -101,9 +101,9 @@ class Run(Struct, frozen=True, tag="run", tag_field="t"):
 
 
 class Drop(Struct, frozen=True, tag="drop", tag_field="t", gc=False):
-    """Nobody points at this id any more. Stands in order among the calls, so memory is reused at once."""
+    """Nobody points at these ids any more. Stands in order among the calls, so memory is reused at once."""
 
-    id: int
+    ids: tuple[int, ...]
 
 
 class Fetch(Struct, frozen=True, tag="fetch", tag_field="t"):
@@ -182,14 +182,15 @@ class Frame(Struct, frozen=True):
 
 
 class Failure(Struct, frozen=True, tag="failure", tag_field="t"):
-    """Message `index` of frame `frame` failed. `writes`: it was to change a value in place, and did not, or
-    not wholly."""
+    """Message `index` of frame `frame` failed; if it was a `Run`, its program's call of number `call` did, from 0.
+    `writes`: it was to change a value in place, and did not, or not wholly."""
 
     frame: Count
     index: Count
     operator: str
     reason: str
     writes: bool
+    call: Count | None = None
 
 
 class Value(Struct, frozen=True, tag="value", tag_field="t"):

@@ -35,7 +35,7 @@ from ..program.ops import Operator, operator
 from ..program.outcome import by_kind, spec
 from ..program.run import Randomness, execute, value_of
 from ..program.typing import type_of
-from ..types import PUBLIC, Ref
+from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Found, Put, Tag
 from .history import History
 from .indices import check_indices, trusts_indices
@@ -87,8 +87,9 @@ class Meter:
 
     # -- calls --------------------------------------------------------------------------------------------
 
-    def call(self, call: Call) -> None:
-        """Run a call, or refuse it: `LimitError` for what it takes, `ProgramError` for what it says."""
+    def call(self, call: Call) -> tuple[Forecast, Label]:
+        """Run a call, or refuse it: `LimitError` for what it takes, `ProgramError` for what it says. Returns what was
+        known of it beforehand, and the label of what it read."""
         store, outs = self._store, call.outs
         label, failed = store.read_by(call) if store.private else (PUBLIC, False)
         if label:
@@ -111,7 +112,7 @@ class Meter:
             store.write(call)
         if label:
             run_private(call, label, failed, store, self._randomness, self.history)
-            return
+            return coming, label
         if _rule(call.op).trusts:
             check_indices(call, store)
         execute(call, store, self._randomness)
@@ -121,6 +122,17 @@ class Meter:
             for out in outs:
                 if out in store:  # else a hole
                     store.count(out, store[out])
+        return coming, label
+
+    def allows(self, most: int, flops: int, fresh: int, slots: int, seconds: float) -> bool:
+        """Whether a run that takes so much at most, and so much more than is held, is within the limits."""
+        return (
+            most <= self._call_bytes
+            and flops <= self._call_flops
+            and self._store.held + fresh <= self._session_bytes
+            and len(self._store) + slots <= self._slots
+            and self.spent + seconds < self._compute_s
+        )
 
     def _count(self, out: int, coming: Forecast) -> None:
         if out == HOLE:
@@ -277,9 +289,15 @@ class Meter:
         """A frame begins, and with it a reply."""
         self._leaving = 0
 
-    def has_room(self) -> bool:
-        """Whether one more slot can be bound."""
-        return len(self._store) < self._slots
+    def stand_in(self, out: int, failed: Exception) -> None:
+        """Bind a failure in the place of a result: only where nothing is bound, and while there is room."""
+        store = self._store
+        if out <= HOLE or out in store:
+            return
+        if len(store) < self._slots:
+            store[out] = failed
+        elif store.turned_away is None:
+            store.turned_away = (out, failed)
 
 
 class _Rule:

@@ -19,13 +19,14 @@ from ..errors import ProgramError
 from ..program.call import HOLE, Call, refs
 from ..program.forecast import result_types, shown_by_shape
 from ..program.ops import operator
+from ..program.outcome import Spec
 from ..program.run import Randomness, execute
 from ..types import Label
 from .history import History
 from .indices import check_indices, trusts_indices
 from .store import Store, writes
 
-__all__ = ["FAILED", "check_private", "run_private"]
+__all__ = ["FAILED", "check_private", "note_failure", "run_private", "zeros"]
 
 FAILED = "a call that this value derives from failed on private data; the details are in the owner's log"
 
@@ -52,7 +53,7 @@ def run_private(call: Call, label: Label, failed: bool, store: Store, randomness
             check_indices(call, store)
         execute(call, store, randomness)
     except Exception as error:  # whatever it is, it stays here
-        log.warning("%s failed on private data (%s): %s: %s", call.op, label, type(error).__name__, error)
+        note_failure(call, label, error)
         failed = True
         _stand_in(call, store)
     for out in call.outs:
@@ -67,4 +68,14 @@ def _stand_in(call: Call, store: Store) -> None:
     """Zeros of the types that the results would have had."""
     for out, given in zip(call.outs, result_types(call, store), strict=False):
         if out != HOLE and given is not None:
-            store[out] = torch.empty_strided(given.size, given.stride, dtype=given.dtype).zero_()
+            store[out] = zeros(given)
+
+
+def note_failure(call: Call, label: Label, error: Exception) -> None:
+    """Say in the owner's log that a call failed on private data. Nobody else is told."""
+    log.warning("%s failed on private data (%s): %s: %s", call.op, label, type(error).__name__, error)
+
+
+def zeros(given: Spec) -> torch.Tensor:
+    """What stands in the place of a result that could not be had."""
+    return torch.empty_strided(given.size, given.stride, dtype=given.dtype).zero_()

@@ -76,7 +76,7 @@ class Store(dict[int, Any]):
         self.private = False  # whether anything here ever had a label
         self.drawn = PUBLIC  # what the state of the random generator derives from
         self.lives: dict[int, int] = {}  # of ids whose values the owner was asked for: how often each was freed
-        self.turned_away: tuple[int, Failed] | None = None  # the first id that found no room, and why
+        self.turned_away: tuple[int, Exception] | None = None  # the first id that found no room, and why
         self._by_address: dict[int, Cell] = {}
 
     def __missing__(self, ref: int) -> Any:

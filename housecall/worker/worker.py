@@ -6,12 +6,14 @@ closed tables. A failure is an answer, never an exception to the transport.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import secrets
 import threading
 import time
 from collections.abc import Callable, Generator
 
+import msgspec
 import torch
 
 from ..errors import LimitError, ProgramError, UsageError
@@ -55,7 +57,9 @@ from .plans import Plans
 from .release import release
 from .store import Failed, Missing, Store
 
-__all__ = ["Worker", "WorkerSession"]
+__all__ = ["MOST_FAILURES", "Worker", "WorkerSession"]
+
+MOST_FAILURES = 10_000  # that one reply tells of
 
 
 class Worker:
@@ -170,7 +174,11 @@ class WorkerSession:
                 if kind is Call:
                     execute(message, store, randomness)  # type: ignore[arg-type]  # `kind` says it is a Call
                 elif kind is Drop:
-                    store.pop(message.id, None)  # type: ignore[union-attr]  # as above
+                    for ref in message.ids:  # type: ignore[union-attr]  # as above
+                        store.pop(ref, None)
+                elif kind is Run:
+                    report = functools.partial(self._report, frame.number, index, failures)
+                    yield from self.plans.run(message, store, None, report)  # type: ignore[arg-type]  # as above
                 elif kind is Load:  # what comes after it needs an account
                     return (yield from self._metered(frame, self._begin_metering(), index, results, failures))
                 else:
@@ -193,7 +201,14 @@ class WorkerSession:
                 if kind is Call:
                     call(message)  # type: ignore[arg-type]  # `kind` says it is a Call
                 elif kind is Drop:
-                    drop(message.id)  # type: ignore[union-attr]  # as above
+                    for ref in message.ids:  # type: ignore[union-attr]  # as above
+                        drop(ref)
+                elif kind is Run:
+                    report = functools.partial(self._report, frame.number, index, failures)
+                    for _ in self.plans.run(message, self.store, meter, report):  # type: ignore[arg-type]  # as above
+                        meter.spent += clock() - began
+                        yield
+                        began = clock()
                 else:
                     self._answer(message, results)
             except Exception as error:  # what a message does must not end the session
@@ -244,8 +259,6 @@ class WorkerSession:
                 self.store.clear()
             case Define(program=program):
                 self.plans.define(program)
-            case Run():
-                self.plans.run(message, self.store, meter)
 
     def _load(self, name: str, ids: tuple[int, ...]) -> None:
         self.worker.gate.load(self.who, name)
@@ -334,27 +347,37 @@ class WorkerSession:
         writes = isinstance(message, Call) and not message.outs
         if isinstance(message, Run):
             writes = self.plans.updates(message.digest)
-        if isinstance(error, Failed):  # an argument had failed: the cause is what the caller wants to read
-            cause = error.failure
-            failure = Failure(cause.frame, cause.index, cause.operator, cause.reason, writes)
-        else:
-            name = message.op if isinstance(message, Call) else type(message).__name__.lower()
-            failure = Failure(frame, index, name[:TEXT], f"{type(error).__name__}: {error}"[:TEXT], writes)
-        failures.append(failure)
-        outs = _bound_by(message)
-        for out in outs:
-            if self.meter is None:
-                if out != HOLE and out not in self.store:
-                    self.store[out] = Failed(failure)
-            else:
-                self._stand_in(out, failure, self.meter)
+        name = message.op if isinstance(message, Call) else type(message).__name__.lower()
+        failed = _failed(Failure(frame, index, name[:TEXT], "", writes), error)
+        _note(failed.failure, failures)
+        for out in _bound_by(message):
+            if self.meter is not None:
+                self.meter.stand_in(out, failed)
+            elif out != HOLE and out not in self.store:
+                self.store[out] = failed
 
-    def _stand_in(self, out: int, failure: Failure, meter: Meter) -> None:
-        """A failure takes a slot only where none is bound, and while there is room."""
-        store = self.store
-        if out <= HOLE or out in store:
-            return
-        if meter.has_room():
-            store[out] = Failed(failure)
-        elif store.turned_away is None:
-            store.turned_away = (out, Failed(failure))
+    def _report(
+        self, frame: int, index: int, failures: list[Failure], number: int, call: Call, error: Exception
+    ) -> Failed:
+        """The same for one call of a program that runs; what stands in the place of its results."""
+        failed = _failed(Failure(frame, index, call.op, "", not call.outs, number), error)
+        if not isinstance(error, Failed) or failed.failure.writes:  # else it is a consequence, and nothing more
+            _note(failed.failure, failures)
+        return failed
+
+
+def _note(failure: Failure, failures: list[Failure]) -> None:
+    """Put a failure into the reply. One frame can hold a million calls that fail, and a reply no such texts; but that
+    some write failed is always said."""
+    if len(failures) < MOST_FAILURES:
+        failures.append(failure)
+    elif failure.writes:
+        failures[-1] = failure
+
+
+def _failed(what: Failure, error: Exception) -> Failed:
+    """What stands where a result should be: `what` failed of `error`, or of what an argument had failed of, which is
+    the cause that its caller wants to read."""
+    if isinstance(error, Failed):
+        return Failed(msgspec.structs.replace(error.failure, writes=what.writes))
+    return Failed(msgspec.structs.replace(what, reason=f"{type(error).__name__}: {error}"[:TEXT]))

@@ -308,7 +308,7 @@ named(
 )
 named(
     "a_slot_freed_after_a_failure",
-    _telling(GOOD, BAD, call("embedding.default", MINE, Y), Drop(10), Drop(10), Describe((10,)), labels=True),
+    _telling(GOOD, BAD, call("embedding.default", MINE, Y), Drop((10,)), Drop((10,)), Describe((10,)), labels=True),
     "hidden failures",
 )
 
@@ -392,7 +392,7 @@ def attack_clear_makes_nothing_public(world: World) -> Any:
 
 @attack("door")
 def attack_drop_and_load_again(world: World) -> Any:
-    world.done(Drop(1), Drop(2), Load("heart", (1, 2)), call("clone.default", X))
+    world.done(Drop((1,)), Drop((2,)), Load("heart", (1, 2)), call("clone.default", X))
     return world.taken(1, 10)
 
 

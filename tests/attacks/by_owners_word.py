@@ -116,14 +116,14 @@ def attack_a_write_that_fails_halfway(world: World) -> Any:
 @attack("lives")
 def attack_frees_an_approved_id_and_binds_it_anew(world: World) -> Any:
     _mean(world)
-    world.done(Drop(10), call("clone.default", X))
+    world.done(Drop((10,)), call("clone.default", X))
     return world.taken(10)
 
 
 @attack("lives")
 def attack_frees_an_approved_id_and_asks_again(world: World) -> Any:
     _mean(world)
-    world.done(Drop(10), call("clone.default", X))
+    world.done(Drop((10,)), call("clone.default", X))
     world.asked(10)
     return world.taken(10)
 
@@ -291,7 +291,7 @@ def attack_floods_the_history(world: World) -> Any:
     """So many calls that the one which took the records is forgotten."""
     world.done(call("clone.default", X))
     for _ in range(30):
-        world.done(call("neg.default", Ref(10), outs=(11,)), Drop(11))
+        world.done(call("neg.default", Ref(10), outs=(11,)), Drop((11,)))
     program = _shown(world, 10)
     return None if "heart.x" in program or "forgotten" in program else program
 

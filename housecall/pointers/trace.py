@@ -1,0 +1,211 @@
+"""Traces: what a session has issued since its last frame left, as steps over registers, in a tree of all steps seen.
+
+A training loop says the same calls batch after batch, only of other slots. So a call is looked up before it is made. A
+*trace* walks down a *tree*: each step is an input or a call, and the next is found by what decides it (its operator,
+registers in place of slots, all other arguments). A step that was seen before costs one look-up: it is not typed, built
+or encoded again. And where a trace ends as others have ended, with the same values still pointed at, it leaves as one
+`Run` of a program that the worker has, in place of its calls.
+
+What must live here: the tree, the walk, and what a trace is as calls or as a program. What must not: torch, messages.
+
+NOTE [Registers]
+A trace numbers its values from 1: an input when a call first uses it, a result when it is issued. The same steps thus
+mean the same program, whichever slots the registers stand for today.
+
+NOTE [Numbers]
+Floats do not decide a step where they may be numbers of a program: a learning rate, or Adam's step size, changes from
+batch to batch. A step's call has `NUMBER` in their places, and the trace keeps their values in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, NamedTuple
+
+from ..errors import ProgramError
+from ..program.call import HOLE, Call, Input, Program, refs, replaced
+from ..program.check import check
+from ..program.flow import with_updates
+from ..types import Ref, TensorType
+
+__all__ = ["NUMBER", "Ending", "Step", "Trace", "Tree", "register"]
+
+NUMBER: Final = Ref(0)  # in a step's call: the next of the trace's numbers
+SEEN = 2  # how often traces end alike before they become a program
+MOST_PROGRAMS = 64  # of one session: its worker keeps 256, and recorded ones need room
+MOST_STEPS = 1 << 14  # of one tree: beyond, it begins anew
+
+_NUMBERS = 1 << 32  # where the ids of a program's numbers begin, beyond all registers
+_registers: list[Ref] = []
+
+
+def register(index: int) -> Ref:
+    """The register of the value of this index in a trace, from 0: the same object each time."""
+    while index >= len(_registers):
+        _registers.append(Ref(len(_registers) + 1))
+    return _registers[index]
+
+
+class Step:
+    """A node of the tree: an input of a type, or a call over registers; the root is neither.
+
+    `given` says what the call gives, for whoever issues it; `after` has the steps that followed, by what decided them,
+    `endings` how traces ended here, by the registers that were still pointed at."""
+
+    __slots__ = ("after", "before", "call", "endings", "given", "inputs", "type")
+
+    def __init__(self, before: Step | None, type: TensorType | None, call: Call | None, given: Any) -> None:
+        self.before, self.type, self.call, self.given = before, type, call, given
+        self.after: dict[Any, Step] = {}
+        self.endings: dict[tuple[int, ...], Ending] = {}
+        self.inputs: tuple[int, ...] = before.inputs if before else ()  # the registers of all inputs so far
+
+    def path(self) -> list[Step]:
+        """The steps from the first to this one."""
+        found: list[Step] = []
+        step = self
+        while step.before is not None:
+            found.append(step)
+            step = step.before
+        return found[::-1]
+
+
+class Ending(NamedTuple):
+    """How traces ended at a step: how often so far, and the program that they are from now on."""
+
+    times: int
+    program: Program | None = None
+    digest: str = ""
+
+
+class Tree:
+    """All steps that one session has seen."""
+
+    def __init__(self) -> None:
+        self.root = Step(None, None, None, None)
+        self._steps = self._programs = 0
+
+    def add(
+        self, before: Step, key: Any, *, type: TensorType | None = None, call: Call | None = None, given: Any = None
+    ) -> Step:
+        """A step that was not seen before."""
+        if self._steps >= MOST_STEPS:
+            self.root = Step(None, None, None, None)
+            self._steps = 0
+        self._steps += 1
+        step = before.after[key] = Step(before, type, call, given)
+        return step
+
+    def ending(self, step: Step, alive: tuple[int, ...]) -> Ending:
+        """A trace ends at this step; `alive` are the registers of results that are still pointed at."""
+        known = step.endings.get(alive)
+        if known is not None and known.program is not None:
+            return known
+        times = known.times + 1 if known else 1
+        found = Ending(times)
+        if times == SEEN + 1 and self._programs < MOST_PROGRAMS:
+            program = program_of(step, alive)
+            if program is not None:
+                self._programs += 1
+                found = Ending(times, program, program.digest)
+        step.endings[alive] = found
+        return found
+
+
+class Trace:
+    """A walk down a tree: `step` is where it stands, `ids` are the slots of its registers, `numbers` the floats of its
+    calls, `sites` the lines that issued them. `room`: how many calls it should still take."""
+
+    __slots__ = ("ids", "numbers", "room", "sites", "step", "tree")
+
+    def __init__(self, tree: Tree, room: int) -> None:
+        self.tree, self.step, self.room = tree, tree.root, room
+        self.ids: list[int] = []
+        self.numbers: list[float] = []
+        self.sites: list[Any] = []
+
+    def take(self, id: int, spec: Any) -> Ref:
+        """Make a slot of before an input; its register. `spec` stands for its type, which it has as `.type`."""
+        step = self.step.after.get(spec)
+        if step is None:
+            step = self.tree.add(self.step, spec, type=spec.type)
+            step.inputs = (*step.inputs, len(self.ids))
+        self.step = step
+        return self.bind(id)
+
+    def bind(self, id: int) -> Ref:
+        """The next register, for this slot."""
+        ids = self.ids
+        at = len(ids)
+        ids.append(id)
+        return _registers[at] if at < len(_registers) else register(at)
+
+    def alive(self, dead: set[int]) -> tuple[int, ...]:
+        """The registers of results whose slots are not among the dead."""
+        inputs = self.step.inputs
+        return tuple([at for at, id in enumerate(self.ids) if id not in dead and at not in inputs])
+
+    def calls(self) -> list[Call]:
+        """Its calls, over slots."""
+        ids, numbers, bound = self.ids, iter(self.numbers), 0
+        found = []
+        for step in self.step.path():
+            if step.call is None:
+                bound += 1
+                continue
+            outs = []
+            for out in step.call.outs:
+                outs.append(HOLE if out == HOLE else ids[bound])
+                bound += out != HOLE
+            found.append(self.over_slots(step.call, numbers, tuple(outs)))
+        return found
+
+    def over_slots(self, call: Call, numbers: Iterator[float], outs: tuple[int, ...]) -> Call:
+        """A call over registers with slots in their places, and the next of the numbers."""
+        return replaced(call, lambda ref: next(numbers) if ref is NUMBER else Ref(self.ids[ref.id - 1]), outs)
+
+
+def freed(calls: list[Call], dead: set[int]) -> Iterator[tuple[Call, tuple[int, ...]]]:
+    """Calls over slots, each with the slots among the dead that no later one reads."""
+    last: dict[int, int] = {}
+    for number, call in enumerate(calls):
+        used = [ref for arg in (*call.args, *call.kwargs.values()) for ref in refs(arg)]
+        last.update((ref, number) for ref in (*used, *call.outs) if ref in dead)
+    after: dict[int, list[int]] = {}
+    for ref, number in last.items():
+        after.setdefault(number, []).append(ref)
+    for number, call in enumerate(calls):
+        yield call, tuple(after.get(number, ()))
+
+
+def program_of(step: Step, alive: tuple[int, ...]) -> Program | None:
+    """The program of all steps to this one, whose outputs are the registers alive; `None` if it may not be one (a call
+    that resizes an input, say)."""
+    inputs: list[Input] = []
+    calls: list[Call] = []
+    numbers: list[tuple[str, int]] = []
+    bound = 0
+
+    def placed(ref: Ref) -> Ref:
+        if ref is not NUMBER:
+            return ref
+        numbers.append((f"n{len(numbers) + 1}", _NUMBERS + len(numbers)))
+        return Ref(numbers[-1][1])
+
+    for one in step.path():
+        if one.type is not None:
+            bound += 1
+            inputs.append(Input(f"x{bound}", bound, one.type))
+        elif one.call is not None:
+            outs = []
+            for out in one.call.outs:
+                bound += out != HOLE
+                outs.append(bound if out != HOLE else HOLE)
+            calls.append(replaced(one.call, placed, tuple(outs)))
+    outputs = tuple([(f"y{number}", at + 1) for number, at in enumerate(alive, 1)])
+    program = with_updates(Program(tuple(inputs), tuple(calls), outputs, tuple(numbers)))
+    try:
+        check(program)
+    except ProgramError:
+        return None
+    return program
