@@ -128,6 +128,7 @@ def test_state_moves_only_when_it_must(schools: tuple[hc.VirtualWorker, hc.Virtu
     _, optimizer = train(model, OPTIMIZERS["SGD, momentum"], [west, west])
     assert {state["momentum_buffer"].location for state in optimizer.state.values()} == {west}
     model.send(grape)
+    optimizer.zero_grad()
     waits = west.session.waits
     x, y = (tensor.send(grape) for tensor in batches(1)[0])
     F.cross_entropy(model(x), y).backward()

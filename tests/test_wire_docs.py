@@ -118,7 +118,7 @@ def test_a_frame_made_by_the_page_is_read() -> None:
     """Written with a MessagePack library and the page: a transposed tensor with a repeated dimension, as a blob."""
     elements = torch.arange(6.0)
     type_ = ["type", "float32", [4, 3, 2], [0, 1, 3], 0, "cpu"]  # fields with defaults are left out
-    head = msgspec.msgpack.encode([1, [["put", 7, ["array", type_, ["blob", 24]]], ["drop", 7]]])
+    head = msgspec.msgpack.encode([1, [["put", 7, ["array", type_, ["blob", 24]]], ["drop", [7]]]])
     whole = b"\x01" + struct.pack("<QQQ", 1, 0, len(head)) + head + elements.numpy().tobytes()
     sent = [whole[:40], *(b"\x02" + whole[at : at + 10] for at in range(40, len(whole), 10))]
     assembler = Assembler(Frame)

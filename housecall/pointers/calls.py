@@ -18,7 +18,7 @@ from ..program.outcome import UNTYPED, Outcome, Spec, by_kind, infer, spec, stan
 from ..program.typing import meta, type_of
 from ..types import Ref, TensorType
 from .adoption import LocalTensor, adopted
-from .session import Cut, Session, Slot, caller
+from .session import Cut, Session, Slot, caller_again
 from .trace import NUMBER, Trace, register
 
 __all__ = ["Rule", "issue", "item", "point", "session_of"]
@@ -105,7 +105,7 @@ def _step(cls: Any, rule: Rule, session: Session, args: tuple[Any, ...], kwargs:
             return _untyped(cls, rule, session, key, numbers, args, kwargs)
         step = trace.tree.add(trace.step, key, call=_call(rule, key, len(args), outcome, trace), given=outcome)
     trace.step = step
-    trace.sites.append(caller(4))  # above: issue, dispatch
+    trace.sites.append(caller_again(step))
     if numbers:
         trace.numbers += numbers
     result: Any

@@ -37,11 +37,11 @@ class Kept:
     def __len__(self) -> int:
         return len(self._values)
 
-    def keep(self, slots: tuple[Any, ...], values: list[torch.Tensor]) -> None:
+    def keep(self, values: list[tuple[Any, torch.Tensor]]) -> None:
         """Keep the slots of what came home now, and let go of what came before. Small values change nothing: a loss
         that is fetched after a model does not make it travel again."""
         came = {}
-        for slot, value in zip(slots, values, strict=True):
+        for slot, value in values:
             if value.nbytes >= LEAST_BYTES and value.is_cpu:
                 copy = torch._lazy_clone(value)
                 came[_address(copy)] = type_of(value), copy, slot

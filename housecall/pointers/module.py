@@ -7,6 +7,10 @@ form). Unlike that form we allow weak references, since `nn.RNN` and kin keep so
 stay right: the object they refer to is the one that stays. A graph that was built before the swap keeps the
 old value; running it backward afterwards would collect gradients that nobody reads, so it raises instead.
 
+NOTE [Whole or not at all]
+Everything that can be wrong with a tensor is looked at before the first is swapped. While a module is at a remote
+worker each parameter keeps what it held at home, and has it again if that worker is gone.
+
 NOTE [First states]
 `nn.LSTM` and kin make their first hidden state, zeros, where the input's `device` says; for a pointer that is
 here. So while such a module is away a forward pre-hook of its own gives it zeros at the worker.
@@ -14,17 +18,22 @@ here. So while such a module is away a forward pre-hook of its own gives it zero
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import UsageError
+from ..errors import HousecallError, UsageError, WorkerGone
+from ..wire.messages import Failure
+from .calls import point
+from .late import LateTensor, Visit
 from .request import OwnersAnswer, ask_owner
-from .session import Session, caller
-from .tensor import PointerTensor, sent, session_of, sessions_of
+from .session import Session, Site, caller
+from .tensor import PointerTensor, check_travels, session_of, sessions_of
 
 __all__ = ["get_module", "give_first_states", "module_location", "request_module", "send_module"]
 
@@ -32,18 +41,23 @@ __all__ = ["get_module", "give_first_states", "module_location", "request_module
 def send_module(module: nn.Module, location: Any) -> nn.Module:
     """Send every parameter and buffer, with their gradients; the module itself is returned.
 
-    Nothing waits. Raises `UsageError` if any of them is at a worker already."""
+    Nothing waits. Raises `UsageError` if any of them is at a worker already or cannot travel, `WorkerGone` if the
+    worker is known to be lost; then all of them are where they were."""
     session = session_of(location)
+    session.check_open()
     parts = _parts(module)
     tensors = _tensors(parts)
     for tensor in tensors:
-        if isinstance(tensor, PointerTensor):
-            raise UsageError(
-                f"this module is at '{tensor.location.id}' already: bring it home with .get() before it is sent on"
-            )
+        _check_leaves(tensor)
     site = caller()
-    for tensor in tensors:
-        _exchange(tensor, sent(session, tensor, site))
+    homes: list[torch.Tensor] = []
+    try:
+        for tensor in tensors:
+            homes.append(_leave(tensor, session, site))
+    except BaseException:
+        for tensor, home in zip(tensors, homes, strict=False):
+            _return(tensor, home)
+        raise
     session.relieve()
     give_first_states(parts)
     return module
@@ -60,18 +74,30 @@ def give_first_states(parts: Iterable[nn.Module]) -> list[RemovableHandle]:
 
 
 def get_module(module: nn.Module) -> nn.Module:
-    """Bring every parameter and buffer home, with their gradients, in one round trip; return the module."""
+    """Bring every parameter and buffer home, in one round trip; return the module. Gradients come when somebody looks
+    at them: `late`.
+
+    Raises `UsageError` if it is at home; `PolicyError` if the worker's owner keeps any of it, and it is all still
+    there; `OperatorError` if a write failed that nobody has heard of, and it is home; `WorkerGone` if the worker is
+    lost, and then it is home as it was when it was sent, if it was at a remote worker."""
     parts = _parts(module)
     pointers = [tensor for tensor in _tensors(parts) if isinstance(tensor, PointerTensor)]
     if not pointers:
         raise UsageError("this module is at home already: .send(worker) it first")
-    for session in sessions_of(pointers):
+    for pointer in pointers:
+        _check_returns(pointer)
+    troubles = [
         _bring_home(session, [pointer for pointer in pointers if pointer._slot.session is session])
+        for session in sessions_of(pointers)
+    ]
     for part in parts:
         if isinstance(part, _RECURRENT):
             for key, hook in list(part._forward_pre_hooks.items()):
                 if hook is _with_first_state:
                     del part._forward_pre_hooks[key]
+    for trouble in troubles:
+        if trouble is not None:
+            raise trouble
     return module
 
 
@@ -112,49 +138,118 @@ def _tensors(parts: list[nn.Module]) -> list[torch.Tensor]:
     return list(found.values())
 
 
-def _bring_home(session: Session, pointers: list[PointerTensor]) -> None:
-    grads = [pointer.grad for pointer in pointers]
-    at_worker = [grad for grad in grads if isinstance(grad, PointerTensor) and grad._slot.session is session]
-    values = session.fetch([tensor._slot for tensor in (*pointers, *at_worker)])
-    homes = dict(zip(map(id, at_worker), values[len(pointers) :], strict=True))
-    for pointer, grad, value in zip(pointers, grads, values, strict=False):
+def _check_leaves(tensor: torch.Tensor) -> None:
+    """Raise `UsageError` for a parameter or buffer that cannot leave."""
+    if isinstance(tensor, PointerTensor):
+        raise UsageError(
+            f"this module is at '{tensor.location.id}' already: bring it home with .get() before it is sent on"
+        )
+    if is_lazy(tensor):
+        raise UsageError("this module has lazy parameters, which have no shape yet: run it once at home first")
+    _check_hooks(tensor)
+    check_travels(tensor)
+
+
+def _check_returns(pointer: PointerTensor) -> None:
+    _ = pointer._slot.session  # raises for one that is spent
+    _check_hooks(pointer)
+
+
+def _check_hooks(tensor: torch.Tensor) -> None:
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise UsageError("a parameter with hooks cannot travel, they would not go with it: remove them first")
+
+
+def _bring_home(session: Session, pointers: list[PointerTensor]) -> HousecallError | None:
+    """Bring these home, and return what is to be said of it. Raises if they stay."""
+    try:
+        values, trouble = session.bring([pointer._slot for pointer in pointers])
+    except WorkerGone as gone:
+        if any("_home" not in pointer.__dict__ for pointer in pointers):
+            raise
+        for pointer in pointers:
+            _return(pointer, _home_of(pointer))
+        return WorkerGone(f"{gone}. The module is home, as it was when it was sent")
+    for value in values:
+        if isinstance(value, Failure):
+            raise session.error(value)
+    visit = Visit(session)
+    for pointer, value in zip(pointers, values, strict=True):
+        grad: Any = pointer.grad
         value.requires_grad_(pointer.requires_grad)
         if grad is not None:
-            value.grad = homes.get(id(grad), grad)
-        _exchange(pointer, value)
+            value.grad = visit.leave(grad._slot) if _is_at(grad, session) else grad
+        _return(pointer, value)
+    return trouble
 
 
-def _exchange(tensor: torch.Tensor, other: torch.Tensor) -> None:
-    """Let `tensor` hold what `other` holds, and the other way round; both objects stay. See NOTE [Swapping]."""
-    if tensor._backward_hooks:
-        raise UsageError("a parameter with hooks cannot travel, they would not run at the worker: remove them first")
-    arriving = isinstance(other, PointerTensor)
-    away, home = (other, tensor) if arriving else (tensor, other)
-    slot = away._slot  # type: ignore[attr-defined]  # `away` is the pointer of the two
-    kind = type(home) if arriving else tensor.__dict__.get("_home_class", _plain_class(tensor))
+def _is_at(grad: Any, session: Session) -> bool:
+    return isinstance(grad, PointerTensor) and grad._slot.session is session
+
+
+def _leave(tensor: torch.Tensor, session: Session, site: Site | None) -> torch.Tensor:
+    """Let a parameter or buffer be a pointer to a copy of what it holds; another tensor that holds that now."""
+    kind = type(tensor)
+    pointer: Any = point(PointerTensor, session.put(tensor, site))
+    if tensor.requires_grad:
+        pointer.requires_grad_()
+        grad: Any = tensor.grad
+        if grad is not None:
+            pointer.grad = grad if isinstance(grad, PointerTensor) else _sent_gradient(grad, session, site)
+    slot = pointer._slot
+    _swap(tensor, pointer)
+    tensor.__class__, pointer.__class__ = PointerTensor, kind
+    del pointer.__dict__["_slot"]
+    held = tensor.__dict__
+    held["_slot"], held["_home_class"], held["_is_param"] = slot, kind, issubclass(kind, nn.Parameter)
+    if session.transport.remote:
+        held["_home"] = pointer
+    _watch(pointer)
+    return pointer  # type: ignore[no-any-return]  # it was one
+
+
+def _sent_gradient(grad: torch.Tensor, session: Session, site: Site | None) -> Any:
+    """A pointer to a gradient that goes along. One that never came home is there already, or is brought when used."""
+    slot = grad.slot if isinstance(grad, LateTensor) else None
+    if slot is None or slot.session is not session:
+        slot = session.put_later(grad, site) if slot is not None else session.put(grad, site)
+    return point(PointerTensor, slot)
+
+
+def _return(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Let a parameter or buffer that is a pointer hold a value again."""
+    held = tensor.__dict__
+    kind = held.get("_home_class", _plain_class(tensor))
+    _swap(tensor, value)
+    tensor.__class__, value.__class__ = kind, PointerTensor
+    for name in _HELD:
+        held.pop(name, None)
+    value._slot = _MOVED  # type: ignore[attr-defined]  # a graph may hold it; nobody else does
+    _watch(value)
+
+
+_HELD = ("_slot", "_is_param", "_id", "_home_class", "_home")
+
+
+def _home_of(pointer: Any) -> torch.Tensor:
+    """What a pointer's tensor held when it left."""
+    return pointer.__dict__["_home"]  # type: ignore[no-any-return]  # a tensor
+
+
+def _swap(tensor: torch.Tensor, other: torch.Tensor) -> None:
+    """Let two tensor objects hold what the other holds. See NOTE [Swapping]."""
     try:
         torch._C._swap_tensor_impl(tensor, other)
     except RuntimeError as error:  # nothing has changed yet
         raise UsageError(
             f"a parameter cannot be moved while torch holds it elsewhere (autocast's cache?): {error}"
         ) from None
-    tensor.__class__, other.__class__ = (PointerTensor, kind) if arriving else (kind, PointerTensor)
-    if arriving:
-        tensor._slot = slot  # type: ignore[attr-defined]  # it is a pointer now
-        tensor.__dict__["_home_class"] = kind
-        tensor._is_param = issubclass(kind, nn.Parameter)  # torch's own mark
-        del other.__dict__["_slot"]
-    else:
-        for name in ("_slot", "_is_param", "_id", "_home_class"):
-            tensor.__dict__.pop(name, None)
-        other._slot = _MOVED  # type: ignore[attr-defined]  # a graph may hold it; nobody else does
-    if _shared(other) and other.requires_grad and other.is_leaf:
-        other.register_hook(_stale)
 
 
-def _shared(tensor: Any) -> bool:
-    """Whether a graph still holds what this tensor object holds."""
-    return bool(tensor._use_count() > 1)
+def _watch(left: Any) -> None:
+    """What a graph still holds of a tensor that has moved must not be used again."""
+    if left._use_count() > 1 and left.requires_grad and left.is_leaf:
+        left._backward_hooks = _STALE_HOOKS  # as `register_hook`, which makes such a dict for each
 
 
 def _plain_class(pointer: torch.Tensor) -> type[torch.Tensor]:
@@ -184,6 +279,9 @@ _MOVED = _Moved()
 
 def _stale(grad: Any) -> NoReturn:
     raise UsageError(_STALE)
+
+
+_STALE_HOOKS = OrderedDict([(0, _stale)])
 
 
 def _with_first_state(part: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -31,21 +31,20 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import CodeType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
 import torch
 
-from ..errors import OperatorError, PolicyError, ProtocolError, UsageError, WorkerGone
+from ..errors import HousecallError, OperatorError, PolicyError, ProtocolError, UsageError, WorkerGone
 from ..program.call import Call, Program, call_text
 from ..program.outcome import Spec, spec
 from ..program.typing import type_of
 from ..transport.arrays import share
 from ..types import Ref, TensorType, Transport
 from ..wire.messages import (
-    Array,
     Define,
     Describe,
     Drop,
@@ -63,9 +62,9 @@ from ..wire.messages import (
 )
 from .kept import Kept
 from .randomness import Follower
-from .trace import Trace, Tree, freed
+from .trace import Step, Trace, Tree, freed
 
-__all__ = ["Cut", "Session", "Site", "Slot", "caller", "is_callers"]
+__all__ = ["Cut", "Session", "Site", "Slot", "caller", "caller_again", "is_callers"]
 
 
 Answer = TypeVar("Answer", Types, Value)
@@ -100,15 +99,40 @@ def caller(depth: int = 1) -> Site | None:
     """The innermost line that belongs neither to torch nor to this package, from `depth` frames up."""
     frame: Any = sys._getframe(depth)
     while frame is not None:
-        code = frame.f_code
-        try:
-            inside = _inside[code.co_filename]
-        except KeyError:
-            inside = _inside[code.co_filename] = code.co_filename.startswith((_HERE, _TORCH))
-        if not inside:
-            return Site(code, frame.f_lasti)
+        if not _is_inside(frame.f_code.co_filename):
+            return Site(frame.f_code, frame.f_lasti)
         frame = frame.f_back
     return None
+
+
+def _is_inside(filename: str) -> bool:
+    try:
+        return _inside[filename]
+    except KeyError:
+        inside = _inside[filename] = not is_callers(filename)
+        return inside
+
+
+def caller_again(step: Step) -> Site | None:
+    """`caller`, for a step that may have been taken from the same line before: that many frames up, it is looked for
+    first. Walking up through torch's own frames costs as much as all else of a step."""
+    known: tuple[int, Site] | None = step.site
+    if known is not None:
+        depth, site = known
+        try:
+            frame: Any = sys._getframe(depth)
+        except ValueError:
+            frame = None
+        if frame is not None and frame.f_code is site.code and frame.f_lasti == site.instruction:
+            return site
+    depth, frame = 1, sys._getframe(1)
+    while frame is not None and _is_inside(frame.f_code.co_filename):
+        depth, frame = depth + 1, frame.f_back
+    if frame is None:
+        return None
+    found = Site(frame.f_code, frame.f_lasti)
+    step.site = depth, found
+    return found
 
 
 class Cut(Exception):  # an event, not an error: `dispatch` begins the call anew
@@ -146,7 +170,14 @@ class Ran(NamedTuple):
     site: Site | None
 
 
-Issued = tuple[Message, Any]  # with the line that issued it: a `Site`, a `Ran`, a list of lines for a trace
+class Later(NamedTuple):
+    """A tensor that was sent while its value was still at another worker."""
+
+    tensor: torch.Tensor
+
+
+# A message, with the line that issued it: a `Site`, a `Ran`, or a list of lines for a trace.
+Issued = tuple[Any, Any]
 
 
 class Session:
@@ -163,7 +194,9 @@ class Session:
         self.ids = itertools.count(10**10 + secrets.randbelow(8 * 10**10))
         self.dropped: deque[int] = deque()
         self.outbox: list[Issued] = []
-        self._sent: dict[int, Issued] = {}  # values that were sent and that nothing has used yet: NOTE [Unused values]
+        self._sent: dict[
+            int, tuple[Put | Later, Any]
+        ] = {}  # values that were sent and that nothing has used yet: NOTE [Unused values]
         self.lock = threading.RLock()
         self.frames = 0
         self.waits = 0
@@ -173,10 +206,13 @@ class Session:
         self._kept = Kept()
         self._queued_bytes = 0  # of tensors in the outbox, and of those that nothing has used yet
         self._unused_bytes = 0
+        self._bringing = False  # a value of another worker, in the middle of a call
         self._programs: set[str] = set()  # digests of what the worker keeps
         self._sites: dict[int, list[Any]] = {}
         self._failed: dict[tuple[int, int, int | None], Any] = {}
         self._latest: Failure | None = None  # of the last wait
+        self.before_close: weakref.WeakSet[Any] = weakref.WeakSet()  # visits that left something: `late`
+        self._over: str | None = None  # why nothing more can be done here
         self._synchronous = synchronous
         self._tree = Tree()
         self.trace = self._new_trace()
@@ -225,6 +261,13 @@ class Session:
         self._unused_bytes += nbytes
         return slot
 
+    def put_later(self, tensor: torch.Tensor, site: Site | None) -> Slot:
+        """Queue a tensor whose value is still at another worker; it is brought if something uses it here."""
+        given = TensorType(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tuple(tensor.stride()))
+        slot = Slot(self, spec(given))
+        self._sent[slot.id] = Later(tensor), site or caller()
+        return slot
+
     def _check_size(self, nbytes: int) -> None:
         """Raise `UsageError` for a tensor that the worker would refuse."""
         most = self.transport.frame_bytes
@@ -252,13 +295,24 @@ class Session:
     def _use(self, ref: int) -> None:
         """Something uses a value that was sent: it will travel."""
         entry = self._sent.pop(ref)
+        message, site = entry
+        if isinstance(message, Later):
+            self._bringing = True
+            try:
+                entry = Put(ref, share(message.tensor.detach().clone())), site
+            finally:
+                self._bringing = False
         nbytes = _nbytes(entry)
         self._unused_bytes -= nbytes
         self._queued_bytes += nbytes
         self.outbox.append(entry)
 
-    def _use_all(self) -> None:
-        for ref in tuple(self._sent):
+    def _use_all(self, named: Iterable[int] = ()) -> None:
+        """What was sent will travel, also if nothing has used it; what must be brought first, if it is named."""
+        for ref in named:
+            if ref in self._sent:
+                self._use(ref)
+        for ref in [ref for ref, (message, _) in self._sent.items() if not isinstance(message, Later)]:
             self._use(ref)
 
     def cut(self) -> None:
@@ -270,7 +324,7 @@ class Session:
         """Queue a message that asks for nothing."""
         with self.lock:
             self._end_trace()
-            self._use_all()
+            self._use_all(getattr(message, "ids", ()))
             self.outbox.append((message, site or caller()))
 
     def run(self, program: Program, run: Run) -> None:
@@ -358,7 +412,8 @@ class Session:
         if queued and self._queued_bytes <= most:
             self._send(queued, self._queued_bytes)
         elif queued:
-            nbytes, frame = 0, []
+            nbytes = 0
+            frame: list[Issued] = []
             for entry in queued:
                 brings = _nbytes(entry)
                 if frame and nbytes + brings > most:
@@ -391,17 +446,28 @@ class Session:
         """Queue a message that asks, wait, and return its result."""
         with self.lock:
             self.tell(message)
-            results = self.wait()
-            if not results and self._latest is not None:
-                raise self.error(self._latest)
-            if not results:
-                raise ProtocolError(f"worker '{self.location.id}' did not answer a {type(message).__name__.lower()}")
-            return results[-1]
+            results, unnoticed = self._collect()
+            if unnoticed:
+                raise self.error(unnoticed[0])
+            return self._last(message, results)
 
-    def wait(self) -> list[Result]:
+    def _last(self, message: Message, results: list[Result]) -> Result:
+        if not results and self._latest is not None:
+            raise self.error(self._latest)
+        if not results:
+            raise ProtocolError(f"worker '{self.location.id}' did not answer a {type(message).__name__.lower()}")
+        return results[-1]
+
+    def wait(self) -> None:
         """Wait for everything queued so far; other workers with work to do run meanwhile.
 
         Raises `OperatorError` if a write failed that nobody would notice otherwise."""
+        _, unnoticed = self._collect()
+        if unnoticed:
+            raise self.error(unnoticed[0])
+
+    def _collect(self) -> tuple[list[Result], list[Failure]]:
+        """Send what is queued and wait for every reply: what was asked for, and failures that nobody would notice."""
         with self.lock:
             self.flush()
             for other in Session.live:
@@ -416,24 +482,30 @@ class Session:
                 reply = self._received()
                 results.extend(reply.results)
                 unnoticed.extend(self._settle(reply))
-            if unnoticed:
-                raise self.error(unnoticed[0])
-            return results
+            return results, unnoticed
 
     def fetch(self, slots: Iterable[Slot]) -> list[torch.Tensor]:
         """The values of these slots, in one round trip. Raises `OperatorError` for the first that failed."""
-        slots = tuple(slots)
-        found = self._asked(Fetch(tuple(slot.id for slot in slots)), Value)
-        for item in found.arrays:
-            if isinstance(item, Failure):
-                raise self.error(item)
-        values = [item.data for item in found.arrays if isinstance(item, Array)]
+        values, trouble = self.bring(tuple(slots))
+        if trouble is not None:
+            raise trouble
+        for value in values:
+            if isinstance(value, Failure):
+                raise self.error(value)
+        return values
+
+    def bring(self, slots: Sequence[Slot]) -> tuple[list[Any], OperatorError | PolicyError | None]:
+        """The values of these slots, or why there are none; and what else failed that nobody would notice."""
+        with self.lock:
+            found, unnoticed = self._answer(Fetch(tuple([slot.id for slot in slots])), Value)
+        values: list[Any] = [item if isinstance(item, Failure) else item.data for item in found.arrays]
         if len(values) != len(slots):
             raise ProtocolError(f"worker '{self.location.id}' gave {len(values)} values for {len(slots)} slots")
-        self.bytes_fetched += sum(value.nbytes for value in values)
         if self.transport.remote:
-            self._kept.keep(slots, values)
-        return values
+            came = [(slot, value) for slot, value in zip(slots, values, strict=True) if not isinstance(value, Failure)]
+            self.bytes_fetched += sum(value.nbytes for _, value in came)
+            self._kept.keep(came)
+        return values, self.error(unnoticed[0]) if unnoticed else None
 
     def types_of(self, call: Call, slots: list[Slot]) -> list[TensorType | None]:
         """Issue a call whose results only the worker can type, and ask it: `None` for a hole."""
@@ -444,7 +516,10 @@ class Session:
     def describe(self, slots: Iterable[Slot]) -> list[TensorType | None]:
         """The types of these slots, `None` for a hole. Raises `OperatorError` for the first that failed."""
         slots = tuple(slots)
-        found = self._asked(Describe(tuple(slot.id for slot in slots)), Types)
+        with self.lock:
+            found, unnoticed = self._answer(Describe(tuple(slot.id for slot in slots)), Types)
+        if unnoticed:
+            raise self.error(unnoticed[0])
         for item in found.types:
             if isinstance(item, Failure):
                 raise self.error(item)
@@ -452,12 +527,15 @@ class Session:
             raise ProtocolError(f"worker '{self.location.id}' gave {len(found.types)} types for {len(slots)} slots")
         return list(found.types)  # type: ignore[arg-type]  # a failure was raised
 
-    def _asked(self, message: Message, kind: type[Answer]) -> Answer:
-        found = self.ask(message)
+    def _answer(self, message: Message, kind: type[Answer]) -> tuple[Answer, list[Failure]]:
+        """Ask, and wait: the answer, and what failed that nobody would notice."""
+        self.tell(message)
+        results, unnoticed = self._collect()
+        found = self._last(message, results)
         if not isinstance(found, kind):
             what = f"a {type(found).__name__}, expected a {kind.__name__}"
             raise ProtocolError(f"worker '{self.location.id}' answered {type(message).__name__} with {what}")
-        return found
+        return found, unnoticed
 
     def error(self, failure: Failure) -> OperatorError | PolicyError:
         """The error for a failure: where it ran, what ran, and which line issued it; or that an owner said no."""
@@ -473,8 +551,17 @@ class Session:
         """Let go of values that came home but whose slots still stand at the worker. See `kept`."""
         self._kept.clear()
 
+    def check_open(self) -> None:
+        """Raise `WorkerGone` if this session is known to be over."""
+        if self._over is not None:
+            raise WorkerGone(self._over)
+
     def close(self) -> None:
-        """End the session; the worker frees its slots."""
+        """End the session; the worker frees its slots. What was left there to come later comes now, if it can."""
+        for visit in tuple(self.before_close) if self._over is None else ():
+            with contextlib.suppress(HousecallError):
+                visit.bring()
+        self._over = f"the session at worker '{self.location.id}' is closed: make a new worker, or connect anew"
         Session.live.discard(self)
         self._kept.clear()
         self.outbox.clear()
@@ -486,10 +573,10 @@ class Session:
         """Let what is queued run beside whoever waits for another session. A session that another thread is busy
         with is left to that thread: to wait for its lock while holding one's own is how two threads get stuck. That
         its worker is gone is for whoever waits for it to hear."""
-        if self.lock.acquire(blocking=False):
+        if not self._bringing and self.lock.acquire(blocking=False):
             try:
                 with contextlib.suppress(WorkerGone):
-                    self.flush()
+                    self.cut()
                     self.transport.start()
             finally:
                 self.lock.release()
@@ -504,6 +591,7 @@ class Session:
     def _gone(self, error: WorkerGone) -> WorkerGone:
         """The same error with what was lost; nobody starts this session's work any more."""
         Session.live.discard(self)
+        self._over = str(error)
         issued = [site for frame in self._sites.values() for site in frame if site is not None]
         sites = [one for site in issued for one in (site if isinstance(site, list) else [site])]
         if not sites:

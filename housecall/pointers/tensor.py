@@ -17,10 +17,11 @@ from ..program.typing import DTYPES
 from ..wire.codec import ITEM_BYTES
 from .calls import point
 from .dispatch import dispatch
+from .late import at_hand
 from .request import OwnersAnswer, ask_owner
 from .session import Session, Site, Slot
 
-__all__ = ["PointerTensor", "send", "sent", "session_of", "sessions_of", "spend"]
+__all__ = ["PointerTensor", "check_travels", "send", "sent", "session_of", "sessions_of", "spend"]
 
 
 class Spent:
@@ -228,6 +229,7 @@ def send(tensor: torch.Tensor, location: Any) -> PointerTensor:
     if isinstance(tensor, PointerTensor):
         tensor.send(location)
     session = session_of(location)
+    session.check_open()
     pointer = sent(session, tensor, None)
     session.relieve()
     return pointer
@@ -236,18 +238,26 @@ def send(tensor: torch.Tensor, location: Any) -> PointerTensor:
 _TRAVEL = frozenset(DTYPES[name] for name in ITEM_BYTES if name in DTYPES)
 
 
-def sent(session: Session, tensor: torch.Tensor, site: Site | None) -> PointerTensor:
-    """`send` for a known session, issued at a known line."""
+def check_travels(tensor: torch.Tensor) -> None:
+    """Raise `UsageError` for a tensor that cannot be sent."""
     if tensor.layout is not torch.strided:
         raise UsageError(f"a tensor of layout {tensor.layout} cannot be sent: call .to_dense() first")
     if tensor.dtype not in _TRAVEL:
         raise UsageError(f"a tensor of {tensor.dtype} cannot be sent: convert it first, with .to(dtype)")
+    if tensor.is_meta:
+        raise UsageError("a tensor on the device 'meta' has no values to send: make it anew, with .to_empty() or zeros")
+    if tensor.requires_grad and not tensor.is_leaf:
+        raise UsageError(
+            "this tensor was computed, and autograd does not cross to a worker: send its inputs, or detach it"
+        )
+
+
+def sent(session: Session, tensor: torch.Tensor, site: Site | None) -> PointerTensor:
+    """`send` for a known session, issued at a known line."""
+    tensor = at_hand(tensor)
+    check_travels(tensor)
     pointer: PointerTensor = point(PointerTensor, session.put(tensor, site))
     if tensor.requires_grad:
-        if not tensor.is_leaf:
-            raise UsageError(
-                "this tensor was computed, and autograd does not cross to a worker: send its inputs, or detach it"
-            )
         pointer.requires_grad_()
         grad = tensor.grad
         if grad is not None:

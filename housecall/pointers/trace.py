@@ -49,13 +49,14 @@ def register(index: int) -> Ref:
 class Step:
     """A node of the tree: an input of a type, or a call over registers; the root is neither.
 
-    `given` says what the call gives, for whoever issues it; `after` has the steps that followed, by what decided them,
-    `endings` how traces ended here, by the registers that were still pointed at."""
+    `given` says what the call gives, for whoever issues it, and `site` from where it was issued last; `after` has the
+    steps that followed, by what decided them, `endings` how traces ended here, by the registers still pointed at."""
 
-    __slots__ = ("after", "before", "call", "endings", "given", "inputs", "type")
+    __slots__ = ("after", "before", "call", "endings", "given", "inputs", "site", "type")
 
     def __init__(self, before: Step | None, type: TensorType | None, call: Call | None, given: Any) -> None:
         self.before, self.type, self.call, self.given = before, type, call, given
+        self.site: Any = None
         self.after: dict[Any, Step] = {}
         self.endings: dict[tuple[int, ...], Ending] = {}
         self.inputs: tuple[int, ...] = before.inputs if before else ()  # the registers of all inputs so far

@@ -12,8 +12,11 @@ torch keeps part of it for the whole process.
 
 from __future__ import annotations
 
-import signal
 import threading
+
+# `signal.signal` without its enumerations, whose look-ups cost more than all else of a small frame.
+from _signal import SIGINT as _SIGINT  # type: ignore[import-not-found]  # the C module behind it, which no stubs name
+from _signal import signal as _set_handler
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -134,11 +137,11 @@ def _whole() -> Iterator[None]:
         yield
         return
     noted: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
+    before = _set_handler(_SIGINT, lambda number, frame: noted.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        _set_handler(_SIGINT, before)
     if noted and callable(before):
         before(*noted[-1])
 

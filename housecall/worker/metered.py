@@ -66,12 +66,12 @@ class Metered:
         self._store, self._meter, self._ids = store, meter, ids
         self._inputs = {item.id: ref for item, ref in zip(plan.program.inputs, message.inputs, strict=True)}
 
-    def run(self, report: Report) -> Iterator[None]:
+    def run(self, report: Report, every: int) -> Iterator[None]:
         """Run it; `report` is told of each call that fails and may be told."""
         key = self._key()
         known = self._plan.precedents.get(key) if key is not None else None
         if known is not None and self._allows(known):
-            yield from self._as(known, report)
+            yield from self._as(known, report, every)
             return
         walk = _CallByCall(self._plan, self._message, self._inputs, self._store, self._meter, self._ids)
         yield from walk.run(report)
@@ -100,7 +100,7 @@ class Metered:
 
     # -- as once before -----------------------------------------------------------------------------------
 
-    def _as(self, known: Precedent, report: Report) -> Iterator[None]:
+    def _as(self, known: Precedent, report: Report, every: int) -> Iterator[None]:
         plan, store, message = self._plan, self._store, self._message
         failed: list[int] = []
 
@@ -113,7 +113,7 @@ class Metered:
             return [None if out == HOLE else zeros(known.specs[out]) for out in call.outs]
 
         registers = plan.registers(self._values, message.numbers)
-        yield from plan.run(registers, told, looks=True)
+        yield from plan.run(registers, told, every, looks=True)
         failures = derived(plan.program, failed) if failed else frozenset()
         for (_, ref), out, value in zip(plan.program.outputs, message.outs, plan.outputs(registers), strict=True):
             if isinstance(value, torch.Tensor):

@@ -69,8 +69,9 @@ class Plan:
             registers[self._first_number : self._first_number + len(numbers)] = numbers
         return registers
 
-    def run(self, registers: list[Any], report: Report, *, looks: bool = False) -> Iterator[None]:
-        """Take the steps, one at a time; see NOTE [What fails]. `looks`: at indices that a kernel would trust."""
+    def run(self, registers: list[Any], report: Report, every: int = 1, *, looks: bool = False) -> Iterator[None]:
+        """Take the steps, `every` so many at a time; see NOTE [What fails]. `looks`: at indices that a kernel would
+        trust."""
         for number, function, arguments_of, out, dead in self._looking if looks else self._steps:
             try:
                 result = function(*arguments_of(registers))
@@ -88,7 +89,8 @@ class Plan:
                     registers[register] = failed[at] if isinstance(failed, list) else failed
             for register in dead:
                 registers[register] = None
-            yield
+            if every == 1 or number % every == every - 1:
+                yield
 
     @functools.cached_property
     def _looking(self) -> tuple[_Step, ...]:
@@ -228,6 +230,7 @@ class _Compiler:
         self, rules: Operator, fixed: dict[str, Any], count: int, names: tuple[str, ...]
     ) -> Callable[..., Any]:
         function: Callable[..., Any] = overload(rules.name)._op  # type: ignore[attr-defined]  # what the overload calls
+        function = _DIRECT.get(rules.name, function)
         if fixed:
             function = functools.partial(function, **fixed)
         if names:
@@ -247,6 +250,23 @@ class _Compiler:
         if len(rules.returns) == 1:
             return function, self._registers[read[0][1]] if read else 0
         return function, tuple((fresh[at][0], self._registers[out]) for at, out in read)
+
+
+# torch's own Python functions for operators that small steps are full of. They find the same operator for the same
+# arguments without looking at its schema again; a test holds each against its overload.
+_functions: Any = torch._C._VariableFunctions
+_DIRECT: dict[str, Callable[..., Any]] = {
+    "_log_softmax.default": _functions._log_softmax,
+    "add_.Tensor": torch.Tensor.add_,
+    "addmm.default": _functions.addmm,
+    "index_select.default": _functions.index_select,
+    "mm.default": _functions.mm,
+    "mul_.Tensor": torch.Tensor.mul_,
+    "relu.default": _functions.relu,
+    "sum.dim_IntList": _functions.sum,
+    "t.default": _functions.t,
+    "view.default": torch.Tensor.view,
+}
 
 
 def _getter(row: list[int]) -> Callable[[list[Any]], Any]:

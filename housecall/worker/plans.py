@@ -75,10 +75,10 @@ class Plans:
                 f"{MOST_PROGRAMS} of {MOST_BYTES:,}: begin a new session"
             )
 
-    def run(self, message: Run, store: Store, meter: Meter | None, report: Report) -> Iterator[None]:
-        """Run a program on slots of a store, a call at a time; `report` is told of each that fails, as one would whose
-        arguments do not fit. Raises, with nothing changed and nothing bound, if there is no such program, or it has
-        other numbers of inputs and outputs, or the ids are taken."""
+    def run(self, message: Run, store: Store, meter: Meter | None, report: Report, every: int = 1) -> Iterator[None]:
+        """Run a program on slots of a store, `every` so many calls at a time; `report` is told of each that fails, as
+        one would whose arguments do not fit. Raises, with nothing changed and nothing bound, if there is no such
+        program, or it has other numbers of inputs and outputs, or the ids are taken."""
         plan = self._plans.get(message.digest)
         if plan is None:
             reason = self._refused.get(message.digest)
@@ -88,8 +88,8 @@ class Plans:
         _check_new(message.outs, store)
         values = [_value(ref, store) for ref in message.inputs]
         if meter is not None:
-            return Metered(plan, message, values, store, meter, self._ids).run(report)
-        return _free(plan, message, store, values, report)
+            return Metered(plan, message, values, store, meter, self._ids).run(report, every)
+        return _free(plan, message, store, values, report, every)
 
     def updates(self, digest: str) -> bool:
         """Whether a run of this program was to change inputs, as far as is known."""
@@ -123,9 +123,9 @@ def _value(ref: int, store: Store) -> Any:
         return error
 
 
-def _free(plan: Plan, message: Run, store: Store, values: list[Any], report: Report) -> Iterator[None]:
+def _free(plan: Plan, message: Run, store: Store, values: list[Any], report: Report, every: int) -> Iterator[None]:
     registers = plan.registers(values, message.numbers)
-    yield from plan.run(registers, report)
+    yield from plan.run(registers, report, every)
     for out, value in zip(message.outs, plan.outputs(registers), strict=True):
         if not isinstance(value, Missing):  # an input that is not there, and an output as well
             store[out] = value

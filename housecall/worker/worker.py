@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -150,7 +151,7 @@ class WorkerSession:
 
     def handle(self, frame: Frame) -> Reply:
         """Do what the frame says, in order. Autograd runs at the caller, so no graph is built here."""
-        steps = self.work(frame)
+        steps = self.work(frame, every=sys.maxsize)
         with computing():
             while True:
                 try:
@@ -158,13 +159,14 @@ class WorkerSession:
                 except StopIteration as end:
                     return end.value  # type: ignore[no-any-return]  # what `work` returns
 
-    def work(self, frame: Frame) -> Generator[None, None, Reply]:
-        """`handle` in steps, a message each, to be taken within `computing()`; the generator's value is the reply."""
+    def work(self, frame: Frame, *, every: int = 1) -> Generator[None, None, Reply]:
+        """`handle` in steps, each of `every` messages or calls of a program at most, to be taken within `computing()`;
+        the generator's value is the reply."""
         if self.worker.device.type != "cpu":
             frame = at_home(frame, self.worker.device)
-        return self._free(frame) if self.meter is None else self._metered(frame, self.meter, 0, [], [])
+        return self._free(frame, every) if self.meter is None else self._metered(frame, self.meter, 0, [], [], every)
 
-    def _free(self, frame: Frame) -> Generator[None, None, Reply]:
+    def _free(self, frame: Frame, every: int) -> Generator[None, None, Reply]:
         results: list[Result] = []
         failures: list[Failure] = []
         store, randomness = self.store, self.randomness
@@ -178,18 +180,19 @@ class WorkerSession:
                         store.pop(ref, None)
                 elif kind is Run:
                     report = functools.partial(self._report, frame.number, index, failures)
-                    yield from self.plans.run(message, store, None, report)  # type: ignore[arg-type]  # as above
+                    yield from self.plans.run(message, store, None, report, every)  # type: ignore[arg-type]  # as above
                 elif kind is Load:  # what comes after it needs an account
-                    return (yield from self._metered(frame, self._begin_metering(), index, results, failures))
+                    return (yield from self._metered(frame, self._begin_metering(), index, results, failures, every))
                 else:
                     self._answer(message, results)
             except Exception as error:  # what a message does must not end the session
                 self._fail(frame.number, index, message, error, failures)
-            yield
+            if every == 1:
+                yield
         return Reply(frame.number, tuple(results), tuple(failures))
 
     def _metered(
-        self, frame: Frame, meter: Meter, first: int, results: list[Result], failures: list[Failure]
+        self, frame: Frame, meter: Meter, first: int, results: list[Result], failures: list[Failure], every: int
     ) -> Generator[None, None, Reply]:
         call, drop, clock = meter.call, self.store.drop, meter.clock
         meter.new_reply()
@@ -205,7 +208,7 @@ class WorkerSession:
                         drop(ref)
                 elif kind is Run:
                     report = functools.partial(self._report, frame.number, index, failures)
-                    for _ in self.plans.run(message, self.store, meter, report):  # type: ignore[arg-type]  # as above
+                    for _ in self.plans.run(message, self.store, meter, report, every):  # type: ignore[arg-type]  # as above
                         meter.spent += clock() - began
                         yield
                         began = clock()
@@ -214,7 +217,8 @@ class WorkerSession:
             except Exception as error:  # what a message does must not end the session
                 self._fail(frame.number, index, message, error, failures)
             meter.spent += clock() - began
-            yield
+            if every == 1:
+                yield
         return Reply(frame.number, tuple(results), tuple(failures))
 
     def _answer(self, message: Message, results: list[Result]) -> None:
