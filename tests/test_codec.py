@@ -32,6 +32,7 @@ from housecall.wire.messages import (
     Fetch,
     Found,
     Frame,
+    Heard,
     Info,
     Load,
     Message,
@@ -229,7 +230,8 @@ CALL = Call(
 MESSAGES: tuple[Message, ...] = (
     Put(1, ARRAY),
     CALL,
-    Drop((2,)),
+    Drop((2, 3)),
+    Heard(7),
     Fetch((1, 2)),
     Fetch(()),
     Describe((3,)),
@@ -270,7 +272,7 @@ def test_every_message_travels(message: Message) -> None:
 def test_frames_and_replies_travel_whole() -> None:
     frame = Frame(2**40, MESSAGES)
     assert decode(encode(frame), Frame) == frame
-    reply = Reply(3, RESULTS, (FAILURE, FAILURE))
+    reply = Reply(3, RESULTS, (FAILURE, FAILURE), ((0, None), (4, 7)))
     assert decode(encode(reply), Reply) == reply
     assert decode(encode(Frame(0, ())), Frame) == Frame(0, ())
     assert decode(encode(Reply(0, (), ())), Reply) == Reply(0, (), ())

@@ -34,6 +34,7 @@ from housecall.wire.messages import (
     Failure,
     Fetch,
     Frame,
+    Heard,
     Load,
     Message,
     Open,
@@ -71,6 +72,7 @@ def _arg(value: Any) -> Any:
 
 
 def say(door: WorkerSession, *messages: Message) -> Reply:
+    door.handle(Frame(1, (Heard(1),)))  # of whatever failed before
     return door.handle(Frame(1, messages))
 
 

@@ -19,7 +19,7 @@ from housecall.program.flow import flow, input_writes
 from housecall.program.run import Randomness, computing, run
 from housecall.program.typing import type_of
 from housecall.types import Label, Ref, TensorType
-from housecall.wire.messages import Array, Define, Drop, Failure, Fetch, Frame, Message, Put, Reply, Run, Value
+from housecall.wire.messages import Array, Define, Drop, Failure, Fetch, Frame, Heard, Message, Put, Reply, Run, Value
 from housecall.worker.limits import UNLIMITED, Limits
 from housecall.worker.plans import MOST_CALLS, MOST_PROGRAMS, Plans
 from housecall.worker.worker import Worker, WorkerSession
@@ -268,9 +268,11 @@ def test_a_failure_in_the_middle_leaves_the_rest_done(world: World) -> None:
     assert held(world) == {10: [2.0, 3.0, 4.0], 11: [1.0, 1.0, 1.0], 12: [7], 21: [-1.0, -1.0, -1.0]}
     reads = call("add_.Tensor", X, Ref(6))
     worse = Program(bad.inputs, (bad.calls[0], bad.calls[2], reads, bad.calls[1]), bad.outputs)
-    first, second = world(Define(worse), Run(worse.digest, (10, 11, 12), (22, 23))).failures
-    assert (first.call, first.writes, second.call, second.writes) == (1, False, 1, True)
-    assert held(world)[10] == [3.0, 4.0, 5.0]
+    told = world(Heard(world.frames), Define(worse), Run(worse.digest, (10, 11, 12), (22, 23)))
+    assert [(failure.call, failure.writes) for failure in told.failures] == [(1, False), (1, True), (1, True)]
+    assert told.undone == ((2, 2), (2, 3))  # after a failure nothing is changed in place
+    assert held(world)[10] == [2.0, 3.0, 4.0]
+    assert held(world)[23] == [-1.0, -1.0, -1.0]
 
 
 def test_a_result_that_is_none(world: World) -> None:

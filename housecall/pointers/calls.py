@@ -28,6 +28,7 @@ _NONE = type(None)
 _TABLE_LIMIT = 1 << 16
 _LONGEST = 64  # of a list whose length only the worker knows
 
+_default_dtype = torch.get_default_dtype
 _UNKNOWN = Spec(TensorType("uint8", (0,), (1,)))  # until the worker has said what it is
 _outcomes: dict[tuple[Any, ...], Outcome] = {}
 
@@ -36,7 +37,9 @@ class Rule:
     """What a call needs of its operator, looked up once. `same`: which of its arguments is its only result, `view`:
     whose storage its results may share; -1 if none."""
 
-    __slots__ = ("by_kind", "by_name", "function", "name", "operator", "params", "random", "same", "view", "writes")
+    __slots__ = (
+        "by_kind", "by_name", "function", "name", "operator", "params", "random", "same", "view", "written",
+    )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
         self.name: str = func.name().removeprefix("aten::")
@@ -47,7 +50,7 @@ class Rule:
         self.function = func
         self.operator = operator(self.name)
         self.random = self.operator.random
-        self.writes = self.operator.writes
+        self.written = {param.name for param in self.operator.params if param.writes}
         self.params = [param.name for param in self.operator.params]
         self.by_name = by_kind(self.operator)  # floats and scalars do not shape a result: their kind types it
         self.by_kind = [self.by_name[name] for name in self.params]
@@ -93,17 +96,20 @@ def _step(cls: Any, rule: Rule, session: Session, args: tuple[Any, ...], kwargs:
         elif kind is int or kind is _NONE:
             parts.append(arg)
         else:
-            parts.append(_part(cls, rule, session, arg, rule.by_kind[index], numbers))
+            parts.append(_part(cls, rule, session, arg, rule.params[index], numbers))
     for name, arg in kwargs.items():
         parts.append(name)
-        parts.append(_part(cls, rule, session, arg, rule.by_name[name], numbers))
+        parts.append(_part(cls, rule, session, arg, name, numbers))
+    if _default_dtype() is not torch.float32:
+        parts.append(_default_dtype())
     key = tuple(parts)
     step = trace.step.after.get(key)
     if step is None:
-        outcome = _outcome(cls, rule, args, kwargs)
+        outcome = _outcome(cls, rule, session, args, kwargs)
         if outcome is UNTYPED:
             return _untyped(cls, rule, session, key, numbers, args, kwargs)
-        step = trace.tree.add(trace.step, key, call=_call(rule, key, len(args), outcome, trace), given=outcome)
+        call = _call(rule, key, len(args), len(kwargs), outcome, trace)
+        step = trace.tree.add(trace.step, key, call=call, given=outcome)
     trace.step = step
     trace.sites.append(caller_again(step))
     if numbers:
@@ -167,14 +173,14 @@ def _taken(rule: Rule, session: Session, slot: Slot) -> Ref:
     return session.take(slot)
 
 
-def _part(cls: Any, rule: Rule, session: Session, arg: Any, by_kind: bool, numbers: list[float]) -> Any:
+def _part(cls: Any, rule: Rule, session: Session, arg: Any, param: str, numbers: list[float]) -> Any:
     """What an argument is in a step's key. A float that may be a number of a program goes to `numbers`."""
     kind = type(arg)
     if kind is cls:
         slot = arg._slot
         return slot.register if slot.trace is session.trace else _taken(rule, session, slot)
     if kind is float:
-        if by_kind:
+        if rule.by_name.get(param):
             numbers.append(arg)
             return NUMBER
         return kind, arg.hex()  # 0.0 and -0.0 are equal, and not the same
@@ -183,10 +189,15 @@ def _part(cls: Any, rule: Rule, session: Session, arg: Any, by_kind: bool, numbe
     if kind is bool or kind is complex:  # True is equal to 1
         return kind, repr(arg)
     if isinstance(arg, list | tuple):
-        return tuple([_part(cls, rule, session, one, False, numbers) for one in arg])
+        return tuple([_part(cls, rule, session, one, f"{param}[]", numbers) for one in arg])
     if isinstance(arg, torch.Tensor):
         if arg.dim() > 0:
             raise LocalTensor
+        if param.removesuffix("[]") in rule.written:
+            raise PlaceError(
+                f"{rule.name} was to write what is at '{session.location.id}' into a local tensor: bring it home "
+                "first, with .get()"
+            )
         return session.take(session.put(arg))  # a number goes along, as torch lets it with CUDA
     if type(arg) not in _SYMBOLS:
         what = "a torch.Generator" if isinstance(arg, torch.Generator) else f"a {type(arg).__name__}"
@@ -214,30 +225,49 @@ def _arg(part: Any) -> Arg:
     return part  # type: ignore[no-any-return]  # a register, a number, a text or None
 
 
-def _call(rule: Rule, key: tuple[Any, ...], count: int, outcome: Outcome, trace: Trace) -> Call:
-    """The call of a key that begins with `count` positional arguments, over registers."""
+def _call(rule: Rule, key: tuple[Any, ...], count: int, named: int, outcome: Outcome, trace: Trace) -> Call:
+    """The call of a key that begins with `count` positional and `named` named arguments, over registers."""
     outs: list[int] = []
     for given in outcome.results:
         for one in given if isinstance(given, list) else (given,):
             if not isinstance(one, Return):
                 made = sum(out != HOLE for out in outs)
                 outs.append(register(len(trace.ids) + made).id if isinstance(one, Spec) else HOLE)
-    return _said(rule, key, count, tuple(outs))
+    return _said(rule, key, count, named, tuple(outs))
 
 
-def _said(rule: Rule, key: tuple[Any, ...], count: int, outs: tuple[int, ...]) -> Call:
-    named = key[1 + count :]
-    kwargs = {name: _arg(part) for name, part in zip(named[::2], named[1::2], strict=True)}
+def _said(rule: Rule, key: tuple[Any, ...], count: int, named: int, outs: tuple[int, ...]) -> Call:
+    names, parts = (key[at : 1 + count + 2 * named : 2] for at in (1 + count, 2 + count))
+    kwargs = {name: _arg(part) for name, part in zip(names, parts, strict=True)}
     return Call(rule.name, tuple(map(_arg, key[1 : 1 + count])), kwargs, outs)
 
 
 # -- results ----------------------------------------------------------------------------------------------
 
 
-def _outcome(cls: Any, rule: Rule, args: Any, kwargs: dict[str, Any]) -> Outcome:
+def _outcome(cls: Any, rule: Rule, session: Session, args: Any, kwargs: dict[str, Any]) -> Outcome:
     """What the call gives, from a table that remembers (operator, types of arguments)."""
+    default = _default_dtype()
+    if session.transport.remote and default is not torch.float32:
+        found = _typed(cls, rule, args, kwargs)
+        torch.set_default_dtype(torch.float32)
+        try:
+            there = _typed(cls, rule, args, kwargs)
+        finally:
+            torch.set_default_dtype(default)
+        if there.results != found.results:
+            raise UsageError(
+                f"{rule.name} depends on torch's default dtype, which is {default} here and torch.float32 at worker "
+                f"'{session.location.id}': convert its arguments first, with .to(dtype)"
+            )
+        return found
+    return _typed(cls, rule, args, kwargs)
+
+
+def _typed(cls: Any, rule: Rule, args: Any, kwargs: dict[str, Any]) -> Outcome:
     key = (
         rule,
+        _default_dtype(),
         *[_type_part(cls, arg, by_kind) for arg, by_kind in zip(args, rule.by_kind, strict=False)],
         *[(name, _type_part(cls, arg, rule.by_name[name])) for name, arg in kwargs.items()],
     )
@@ -246,10 +276,24 @@ def _outcome(cls: Any, rule: Rule, args: Any, kwargs: dict[str, Any]) -> Outcome
         return known
     if len(_outcomes) >= _TABLE_LIMIT:
         _outcomes.clear()
-    stands = [_as_meta(cls, arg, rule.writes) for arg in args]
-    named = {name: _as_meta(cls, arg, rule.writes) for name, arg in kwargs.items()}
-    found = _outcomes[key] = infer(rule.operator, rule.function, stands, named)
+    stands = [_as_meta(cls, arg, bool(rule.written)) for arg in args]
+    named = {name: _as_meta(cls, arg, bool(rule.written)) for name, arg in kwargs.items()}
+    found = infer(rule.operator, rule.function, stands, named)
+    for written in rule.written:
+        _check_size(rule, written, args, kwargs, stands, named)
+    _outcomes[key] = found
     return found
+
+
+def _check_size(rule: Rule, name: str, args: Any, kwargs: Any, stands: Any, named: Any) -> None:
+    """Refuse an `out` that would be resized: the pointer, and whoever shares it, would not know."""
+    at = rule.params.index(name)
+    before, after = (args[at], stands[at]) if at < len(args) else (kwargs.get(name), named.get(name))
+    if isinstance(after, torch.Tensor) and not isinstance(before, list) and before.shape != after.shape:
+        raise UsageError(
+            f"{rule.name} gives shape {tuple(after.shape)}, and '{name}' has {tuple(before.shape)}: give it that "
+            "shape, or take the result"
+        )
 
 
 def _type_part(cls: Any, arg: Any, by_kind: bool) -> Any:
@@ -314,7 +358,7 @@ def _untyped(
     slots = [[Slot(session, _UNKNOWN) for _ in range(_LONGEST if given.many else 1)] for given in fresh]
     outs = [slot for group in slots for slot in group]
     ids = tuple([slot.id for slot in outs])
-    call = session.trace.over_slots(_said(rule, key, len(args), ids), iter(numbers), ids)
+    call = session.trace.over_slots(_said(rule, key, len(args), len(kwargs), ids), iter(numbers), ids)
     for slot, type_ in zip(outs, session.types_of(call, outs), strict=True):
         if type_ is not None:
             slot.spec, slot.skip = spec(type_).start, spec(type_).skip

@@ -4,16 +4,23 @@ torch calls a hook before every `step` of every optimizer (`register_optimizer_s
 point). Ours looks whether a parameter's gradient and state (momentum, moments ...) are where the parameter is,
 and brings what is not: in one round trip for each worker that is left. State without dimensions that is local
 (`step` counters) stays local: optimizers read it as a number.
+
+NOTE [A step that was not taken]
+After a failure a worker changes nothing until its caller has heard (`worker.store`: After a failure). So the step that
+followed a bad batch changed no parameter and no moment there; but here it counted, and may have begun state of
+gradients that were never there. If a write of the very line that stepped was not done, that is undone before the next
+step: a bad batch is as if it had not been, as it is in plain torch.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .session import Session
+from .session import Session, Site, caller
 from .tensor import PointerTensor, send
 
 __all__ = ["follow"]
@@ -22,15 +29,52 @@ Place = Session | None
 Setter = Callable[[torch.Tensor], None]
 
 
+class _Step(NamedTuple):
+    """What an optimizer kept before its last step, that line, and how much each session had told of by then."""
+
+    site: Site | None
+    kept: list[tuple[torch.Tensor, dict[str, Any]]]
+    told: dict[Session, int]
+
+
+_last: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Step] = weakref.WeakKeyDictionary()
+
+
 def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
     """Bring gradients and state to their parameters; what is there already costs nothing."""
-    strays = [stray for group in optimizer.param_groups for p in group["params"] for stray in _strays(optimizer, p)]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    places = {p._slot.session for p in parameters if isinstance(p, PointerTensor)}
+    _undo(optimizer)
+    strays = [stray for p in parameters for stray in _strays(optimizer, p)]
     for session in {_place(tensor) for tensor, _, _ in strays}:
         leaving = [stray for stray in strays if _place(stray[0]) is session]
         tensors = [tensor for tensor, _, _ in leaving]
         values = tensors if session is None else session.fetch([tensor._slot for tensor in tensors])  # type: ignore[attr-defined]  # those with a session are pointers
         for value, (_, target, put) in zip(values, leaving, strict=True):
             put(value if target is None else send(value.detach(), target.location))
+    if places:
+        kept = [(p, _copied(optimizer.state.get(p, {}))) for p in parameters]
+        _last[optimizer] = _Step(caller(), kept, {session: session.failures for session in places})
+
+
+def _undo(optimizer: torch.optim.Optimizer) -> None:
+    """See NOTE [A step that was not taken]."""
+    last = _last.pop(optimizer, None)
+    if last is None or not any(session.was_undone(last.site, told) for session, told in last.told.items()):
+        return
+    for parameter, before in last.kept:
+        if before:
+            optimizer.state[parameter] = before
+        else:
+            optimizer.state.pop(parameter, None)
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state of one parameter; counters are copied, since a step changes them where they are."""
+    return {
+        name: value.clone() if type(value) is torch.Tensor and value.dim() == 0 else value
+        for name, value in state.items()
+    }
 
 
 def _strays(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, Place, Setter]]:

@@ -51,6 +51,7 @@ from ..wire.messages import (
     Failure,
     Fetch,
     Frame,
+    Heard,
     Message,
     Put,
     Reply,
@@ -211,6 +212,9 @@ class Session:
         self._sites: dict[int, list[Any]] = {}
         self._failed: dict[tuple[int, int, int | None], Any] = {}
         self._latest: Failure | None = None  # of the last wait
+        self.failures = 0  # that replies have told of so far
+        self._undone: deque[tuple[int, Any]] = deque(maxlen=1000)  # lines whose writes were not done
+        self._to_hear = 0  # the last frame whose reply told of some, until the worker knows that we know
         self.before_close: weakref.WeakSet[Any] = weakref.WeakSet()  # visits that left something: `late`
         self._over: str | None = None  # why nothing more can be done here
         self._synchronous = synchronous
@@ -408,6 +412,9 @@ class Session:
     def _leave(self) -> None:
         """Send the outbox as frames: one, unless it brings more than a frame should."""
         queued, self.outbox = self.outbox, []
+        if self._to_hear and queued:
+            queued.insert(0, (Heard(self._to_hear), None))
+            self._to_hear = 0
         most = min(LARGE_BYTES, self.transport.frame_bytes)
         if queued and self._queued_bytes <= most:
             self._send(queued, self._queued_bytes)
@@ -527,6 +534,10 @@ class Session:
             raise ProtocolError(f"worker '{self.location.id}' gave {len(found.types)} types for {len(slots)} slots")
         return list(found.types)  # type: ignore[arg-type]  # a failure was raised
 
+    def was_undone(self, site: Site | None, since: int) -> bool:
+        """Whether a write of this line was not done, and that was told after `since` failures."""
+        return any(at > since and where == site for at, where in self._undone)
+
     def _answer(self, message: Message, kind: type[Answer]) -> tuple[Answer, list[Failure]]:
         """Ask, and wait: the answer, and what failed that nobody would notice."""
         self.tell(message)
@@ -604,21 +615,27 @@ class Session:
         sites = self._sites.pop(reply.number, None)
         if sites is None:
             raise ProtocolError(f"worker '{self.location.id}' answered frame {reply.number}, which is not open")
+        if reply.failures:
+            self._to_hear = reply.number
         for failure in reply.failures:
+            self.failures += 1
             if failure.frame == reply.number:
-                self._failed[(failure.frame, failure.index, failure.call)] = self._site(failure, sites)
+                where = failure.index, failure.call
+                self._failed[(failure.frame, *where)] = self._site(where, sites)
             self._latest = failure
+        self._undone.extend([(self.failures, self._site(where, sites)) for where in reply.undone])
         return [failure for failure in reply.failures if failure.writes]
 
-    def _site(self, failure: Failure, sites: list[Any]) -> Any:
+    def _site(self, where: tuple[int, int | None], sites: list[Any]) -> Any:
         """The line of what failed in a frame of these lines."""
-        if failure.index < len(sites):
-            found = sites[failure.index]
+        index, call = where
+        if index < len(sites):
+            found = sites[index]
             if not isinstance(found, list):
                 return found
-            if failure.call is None or failure.call < len(found):
-                return found[failure.call or 0]
-        raise ProtocolError(f"worker '{self.location.id}' says that message {failure.index} failed; no such")
+            if call is None or call < len(found):
+                return found[call or 0]
+        raise ProtocolError(f"worker '{self.location.id}' says that message {index} failed; no such")
 
 
 def _call_of(program: Program, number: int | None) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from typing import Any
 
 import msgspec
@@ -79,7 +80,8 @@ def infer(rules: Operator, function: Any, args: Any, kwargs: Any) -> Outcome:
     if rules.dynamic:
         return UNTYPED
     try:
-        with computing():
+        with warnings.catch_warnings(), computing():
+            warnings.simplefilter("ignore")  # the kernel says it again, if it runs
             result = function(*args, **kwargs)
     except Exception:  # whatever meta tensors cannot do, the worker is asked
         return UNTYPED

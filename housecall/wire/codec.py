@@ -106,7 +106,7 @@ def with_arrays(body: Body, change: Callable[[Array], Array]) -> Body:
         messages = tuple([_changed(message, change) for message in body.messages])
         return Frame(body.number, messages)  # type: ignore[return-value]  # a Body that is a Frame
     results = tuple([_changed_result(result, change) for result in body.results])
-    return Reply(body.number, results, body.failures)
+    return Reply(body.number, results, body.failures, body.undone)
 
 
 def _changed(message: Message, change: Callable[[Array], Array]) -> Message:

@@ -30,6 +30,7 @@ __all__ = [
     "Fetch",
     "Found",
     "Frame",
+    "Heard",
     "Hello",
     "Info",
     "Load",
@@ -106,6 +107,13 @@ class Drop(Struct, frozen=True, tag="drop", tag_field="t", gc=False):
     ids: tuple[int, ...]
 
 
+class Heard(Struct, frozen=True, tag="heard", tag_field="t", gc=False):
+    """The caller knows of the failures in the replies up to this frame. After a failure nothing is changed in place,
+    until the caller has heard of it: she would not have gone on, had she known."""
+
+    frame: Count
+
+
 class Fetch(Struct, frozen=True, tag="fetch", tag_field="t"):
     """Ask for values: each leaves through the worker's `release`, or the reply says why not."""
 
@@ -170,7 +178,22 @@ class Status(Struct, frozen=True, tag="status", tag_field="t"):
 
 
 Message = (
-    Request | Status | Put | Call | Define | Run | Drop | Fetch | Describe | Seed | Tag | Search | Clear | Open | Load
+    Request
+    | Status
+    | Put
+    | Call
+    | Define
+    | Run
+    | Drop
+    | Heard
+    | Fetch
+    | Describe
+    | Seed
+    | Tag
+    | Search
+    | Clear
+    | Open
+    | Load
 )
 
 
@@ -251,12 +274,15 @@ Result = Requested | Value | Types | Found
 
 
 class Reply(Struct, frozen=True):
-    """The answer to the frame of the same number: one result for each message that asks, in order, and
-    every failure."""
+    """The answer to the frame of the same number: one result for each message that asks, in order, and every failure.
+
+    `undone`: which messages of this frame, and which calls of a `Run`, were to change a value in place and did not, for
+    this or an earlier failure."""
 
     number: int
     results: tuple[Result, ...]
     failures: tuple[Failure, ...]
+    undone: tuple[tuple[Count, Count | None], ...] = ()
 
 
 # -- how a session begins, resumes and ends: between transport and worker, no caller sees these -------------

@@ -40,7 +40,7 @@ from ..wire.messages import Found, Put, Tag
 from .history import History
 from .indices import check_indices, trusts_indices
 from .private import check_private, run_private
-from .store import Store
+from .store import Halt, Store
 
 __all__ = ["UNLIMITED", "Limits", "Meter"]
 
@@ -71,8 +71,16 @@ _PLAIN = frozenset((bool, type(None), str))
 class Meter:
     """One session's use of the machine against its limits. `clock` gives seconds, and only goes forward."""
 
-    def __init__(self, limits: Limits, store: Store, randomness: Randomness, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        store: Store,
+        randomness: Randomness,
+        clock: Callable[[], float],
+        halt: Halt | None = None,
+    ) -> None:
         self.limits, self.clock = limits, clock
+        self._halt = Halt() if halt is None else halt
         self.spent = 0.0
         self.history = History()
         self._store, self._randomness = store, randomness
@@ -91,6 +99,8 @@ class Meter:
         """Run a call, or refuse it: `LimitError` for what it takes, `ProgramError` for what it says. Returns what was
         known of it beforehand, and the label of what it read."""
         store, outs = self._store, call.outs
+        if self._halt.cause is not None:
+            self._halt.check(call)
         label, failed = store.read_by(call) if store.private else (PUBLIC, False)
         if label:
             check_private(call, label, store)

@@ -20,12 +20,14 @@ import torch
 
 from ..errors import ProgramError
 from ..program.call import HOLE, Arg, Call, Items, Program, refs
+from ..program.flow import written
 from ..program.ops import Operator, operator
 from ..program.run import Randomness, last_uses, overload, value_of
 from ..program.typing import DTYPES
 from ..types import Ref
 from .indices import check_arguments, from_forward, trusts_indices
 from .reuse import in_place, taken_over, writes_are_its_own
+from .store import Halt
 
 __all__ = ["NONE", "Plan", "Report"]
 
@@ -46,7 +48,7 @@ _Step = tuple[int, Callable[..., Any], Callable[[list[Any]], Any], _Out, tuple[i
 class Plan:
     """One program, checked, as steps over registers. `calls` are its calls with the worker's own device."""
 
-    def __init__(self, program: Program, calls: tuple[Call, ...], randomness: Randomness) -> None:
+    def __init__(self, program: Program, calls: tuple[Call, ...], randomness: Randomness, halt: Halt) -> None:
         self.program, self.calls = program, calls
         self.last = last_uses(program)
         for item in program.inputs:
@@ -55,7 +57,7 @@ class Plan:
         self.updates = tuple([item for item in program.inputs if item.updates])
         self.alike = writes_are_its_own(program)  # else a run on other slots may write where this one did not
         self.precedents: dict[Any, Any] = {}  # what `metered` keeps of runs
-        compiler = _Compiler(self, randomness)
+        compiler = _Compiler(self, randomness, halt)
         self._blank, self._steps, self._outs, self._names = (
             compiler.blank, compiler.steps, compiler.outs, compiler.names,
         )  # fmt: skip
@@ -140,8 +142,9 @@ class _Compiler:
     Constants are registers too, filled before the first step. A list argument that holds tensors is a step of its own,
     which makes the list."""
 
-    def __init__(self, plan: Plan, randomness: Randomness) -> None:
+    def __init__(self, plan: Plan, randomness: Randomness, halt: Halt) -> None:
         program = plan.program
+        self._halt = halt
         self.blank: list[Any] = [None]
         self._rows: list[tuple[int, Callable[..., Any], list[int], _Out]] = []  # as steps, with registers for a getter
         self._registers: dict[int, int] = {}
@@ -208,9 +211,12 @@ class _Compiler:
         names = [param.name for param in rules.params][: len(given)]
         fixed = {name: value_of(arg, {}) for name, arg in by_name.items() if name not in named}
         self.names[number] = [*names, *named], fixed
+        writes = bool(written(call, rules))
         function = in_place(call.op) if number in self._over else None
         if function is None:
             function = self._function(rules, fixed, len(row), tuple(named))
+        if writes:
+            function = _unless_halted(function, self._halt)
         row += [self._register(number, arg) for arg in named.values()]
         function, out = self._results(rules, call, function)
         self._rows.append((number, function, row, out))
@@ -274,6 +280,17 @@ def _getter(row: list[int]) -> Callable[[list[Any]], Any]:
     if len(row) > 1:
         return itemgetter(*row)
     return itemgetter(slice(row[0], row[0] + 1)) if row else lambda registers: ()
+
+
+def _unless_halted(function: Callable[..., Any], halt: Halt) -> Callable[..., Any]:
+    """A function that changes something in place, and does not after a failure."""
+
+    def checked(*args: Any) -> Any:
+        if halt.cause is not None:
+            raise halt.cause
+        return function(*args)
+
+    return checked
 
 
 def _listed(*items: Any) -> list[Any]:

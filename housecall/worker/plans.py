@@ -26,7 +26,7 @@ from .device import at_home
 from .limits import Meter
 from .metered import Metered
 from .plan import Plan, Report
-from .store import Failed, Missing, Store
+from .store import Failed, Halt, Missing, Store
 
 __all__ = ["MOST_BYTES", "MOST_CALLS", "MOST_PROGRAMS", "Plans"]
 
@@ -37,10 +37,11 @@ _TEXT = 600  # characters of a reason that is kept
 
 
 class Plans:
-    """One session's programs. `device` is the worker's home, `randomness` the session's."""
+    """One session's programs. `device` is the worker's home, `randomness` and `halt` the session's."""
 
-    def __init__(self, device: torch.device, randomness: Randomness) -> None:
+    def __init__(self, device: torch.device, randomness: Randomness, halt: Halt | None = None) -> None:
         self._device, self._randomness = device, randomness
+        self._halt = Halt() if halt is None else halt
         self._plans: dict[str, Plan] = {}
         self._refused: dict[str, str] = {}
         self._nbytes = 0
@@ -59,7 +60,7 @@ class Plans:
             calls = program.calls
             if self._device.type != "cpu":
                 calls = at_home(Frame(0, calls), self._device).messages  # type: ignore[assignment]  # calls stay calls
-            self._plans[digest] = Plan(program, calls, self._randomness)
+            self._plans[digest] = Plan(program, calls, self._randomness, self._halt)
         except Exception as error:
             if len(self._refused) < MOST_PROGRAMS:
                 self._refused[digest] = f"{type(error).__name__}: {error}"[:_TEXT]

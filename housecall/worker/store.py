@@ -22,7 +22,7 @@ from ..program.typing import type_of
 from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Failure, Info, Tag
 
-__all__ = ["Cell", "Failed", "Missing", "Store", "writes"]
+__all__ = ["Cell", "Failed", "Halt", "Missing", "Store", "writes"]
 
 _address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
 
@@ -33,6 +33,25 @@ class Failed(Exception):
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.reason)
         self.failure = failure
+
+
+class Halt:
+    """NOTE [After a failure]
+    A caller issues long before she hears that a call has failed. In Python she would have stopped at that line; here
+    what she issued after it arrives as well. So from a failure on, until she has heard of it, nothing is changed in
+    place: an optimizer does not step on gradients that are not there. `cause` is what failed, `None` if all is well.
+
+    What fails on private data is no cause: that it failed is not told."""
+
+    __slots__ = ("cause",)
+
+    def __init__(self) -> None:
+        self.cause: Failed | None = None
+
+    def check(self, call: Call) -> None:
+        """Raise the cause for a call that would change something in place."""
+        if self.cause is not None and writes(call):
+            raise self.cause
 
 
 class Missing(ProtocolError):

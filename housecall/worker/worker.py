@@ -33,6 +33,7 @@ from ..wire.messages import (
     Fetch,
     Found,
     Frame,
+    Heard,
     Load,
     Message,
     Open,
@@ -56,7 +57,7 @@ from .limits import TEXT, UNLIMITED, Limits, Meter
 from .owned import Owned
 from .plans import Plans
 from .release import release
-from .store import Failed, Missing, Store
+from .store import Failed, Halt, Missing, Store
 
 __all__ = ["MOST_FAILURES", "Worker", "WorkerSession"]
 
@@ -133,7 +134,8 @@ class WorkerSession:
         self.asked: dict[str, str] = {}  # what `_key` calls a value -> the digest of the request that it is part of
         self.store = Store()
         self.randomness = Randomness()
-        self.plans = Plans(worker.device, self.randomness)
+        self.halt = Halt()
+        self.plans = Plans(worker.device, self.randomness, self.halt)
         self.meter: Meter | None = None
         if worker.limits != UNLIMITED:
             self._begin_metering()
@@ -144,7 +146,7 @@ class WorkerSession:
 
     def _begin_metering(self) -> Meter:
         """From now on every slot has an account: for limits, and for labels, which stand on it."""
-        self.meter = Meter(self.worker.limits, self.store, self.randomness, self.worker.clock)
+        self.meter = Meter(self.worker.limits, self.store, self.randomness, self.worker.clock, self.halt)
         for ref, value in self.store.tensors().items():
             self.store.count(ref, value)
         return self.meter
@@ -164,17 +166,21 @@ class WorkerSession:
         the generator's value is the reply."""
         if self.worker.device.type != "cpu":
             frame = at_home(frame, self.worker.device)
-        return self._free(frame, every) if self.meter is None else self._metered(frame, self.meter, 0, [], [], every)
+        if self.meter is None:
+            return self._free(frame, every)
+        return self._metered(frame, self.meter, 0, [], _Failures(), every)
 
     def _free(self, frame: Frame, every: int) -> Generator[None, None, Reply]:
         results: list[Result] = []
-        failures: list[Failure] = []
-        store, randomness = self.store, self.randomness
+        failures = _Failures()
+        store, randomness, halt = self.store, self.randomness, self.halt
         for index, message in enumerate(frame.messages):
             kind = type(message)
             try:
                 if kind is Call:
-                    execute(message, store, randomness)  # type: ignore[arg-type]  # `kind` says it is a Call
+                    if halt.cause is not None:
+                        halt.check(message)  # type: ignore[arg-type]  # `kind` says it is a Call
+                    execute(message, store, randomness)  # type: ignore[arg-type]  # as above
                 elif kind is Drop:
                     for ref in message.ids:  # type: ignore[union-attr]  # as above
                         store.pop(ref, None)
@@ -189,10 +195,10 @@ class WorkerSession:
                 self._fail(frame.number, index, message, error, failures)
             if every == 1:
                 yield
-        return Reply(frame.number, tuple(results), tuple(failures))
+        return Reply(frame.number, tuple(results), tuple(failures.told), tuple(failures.undone))
 
     def _metered(
-        self, frame: Frame, meter: Meter, first: int, results: list[Result], failures: list[Failure], every: int
+        self, frame: Frame, meter: Meter, first: int, results: list[Result], failures: _Failures, every: int
     ) -> Generator[None, None, Reply]:
         call, drop, clock = meter.call, self.store.drop, meter.clock
         meter.new_reply()
@@ -219,7 +225,7 @@ class WorkerSession:
             meter.spent += clock() - began
             if every == 1:
                 yield
-        return Reply(frame.number, tuple(results), tuple(failures))
+        return Reply(frame.number, tuple(results), tuple(failures.told), tuple(failures.undone))
 
     def _answer(self, message: Message, results: list[Result]) -> None:
         meter = self.meter
@@ -244,6 +250,9 @@ class WorkerSession:
                 if meter is not None:
                     meter.check_question(ids)
                 results.append(Types(tuple(self._described(ref) for ref in ids)))
+            case Heard(frame=frame):
+                if self.halt.cause is not None and self.halt.cause.failure.frame <= frame:
+                    self.halt.cause = None
             case Seed(state=state):
                 self.randomness.follow(state.data)
                 self.store.drawn = PUBLIC
@@ -345,7 +354,7 @@ class WorkerSession:
             return error.failure
         return value.failure if isinstance(value, Failed) else value
 
-    def _fail(self, frame: int, index: int, message: Message, error: Exception, failures: list[Failure]) -> None:
+    def _fail(self, frame: int, index: int, message: Message, error: Exception, failures: _Failures) -> None:
         """Fill the outputs of what failed with the failure. A write that fails leaves the value as torch left it
         (`index_fill_` may have written some rows), and says so in the reply: nobody might read it and notice."""
         writes = isinstance(message, Call) and not message.outs
@@ -353,30 +362,43 @@ class WorkerSession:
             writes = self.plans.updates(message.digest)
         name = message.op if isinstance(message, Call) else type(message).__name__.lower()
         failed = _failed(Failure(frame, index, name[:TEXT], "", writes), error)
-        _note(failed.failure, failures)
+        self._halt(failed)
+        failures.tell(failed.failure, index, None)
         for out in _bound_by(message):
             if self.meter is not None:
                 self.meter.stand_in(out, failed)
             elif out != HOLE and out not in self.store:
                 self.store[out] = failed
 
-    def _report(
-        self, frame: int, index: int, failures: list[Failure], number: int, call: Call, error: Exception
-    ) -> Failed:
+    def _report(self, frame: int, index: int, failures: _Failures, number: int, call: Call, error: Exception) -> Failed:
         """The same for one call of a program that runs; what stands in the place of its results."""
         failed = _failed(Failure(frame, index, call.op, "", not call.outs, number), error)
+        self._halt(failed)
         if not isinstance(error, Failed) or failed.failure.writes:  # else it is a consequence, and nothing more
-            _note(failed.failure, failures)
+            failures.tell(failed.failure, index, number)
         return failed
 
+    def _halt(self, failed: Failed) -> None:
+        if self.halt.cause is None:
+            self.halt.cause = failed
 
-def _note(failure: Failure, failures: list[Failure]) -> None:
-    """Put a failure into the reply. One frame can hold a million calls that fail, and a reply no such texts; but that
-    some write failed is always said."""
-    if len(failures) < MOST_FAILURES:
-        failures.append(failure)
-    elif failure.writes:
-        failures[-1] = failure
+
+class _Failures:
+    """What a reply tells of failures."""
+
+    def __init__(self) -> None:
+        self.told: list[Failure] = []
+        self.undone: list[tuple[int, int | None]] = []
+
+    def tell(self, failure: Failure, index: int, number: int | None) -> None:
+        """Message `index` failed, or a call of its program. One frame can hold a million that do, and a reply no such
+        texts; but that some write was not done is always said."""
+        if len(self.told) < MOST_FAILURES:
+            self.told.append(failure)
+        elif failure.writes:
+            self.told[-1] = failure
+        if failure.writes and len(self.undone) < MOST_FAILURES:
+            self.undone.append((index, number))
 
 
 def _failed(what: Failure, error: Exception) -> Failed:
