@@ -755,7 +755,8 @@ def test_computing_time_is_counted_and_ends() -> None:
         return now[0]
 
     door = Worker("w", Limits(compute_s=5.0), clock=clock).open("me")
-    found = say(door, Put(1, array(1.0)), *[call("neg.default", Ref(1), outs=(ref,)) for ref in range(2, 9)])
+    calls = [call("neg.default", Ref(1), outs=(ref,)) for ref in range(2, 9)]
+    found = door.handle(Frame(1, (Put(1, array(1.0)), *calls)))
     assert [failure.index for failure in found.failures] == [5, 6, 7]
     assert found.failures[0].reason == (
         "LimitError: neg.default was not run: this session has used up its 5 s of computing time; "
