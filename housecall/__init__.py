@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .pointers.data import FederatedDataLoader as FederatedDataLoader
     from .pointers.data import FederatedDataset as FederatedDataset
     from .pointers.hook import TorchHook as TorchHook
+    from .pointers.module import location_of as location_of
     from .pointers.owned import OwnedDataset as OwnedDataset
     from .pointers.record import Recorded as Recorded
     from .pointers.record import record as record
@@ -109,6 +110,7 @@ _HOME = {
     "WorkerGone": "errors",
     "connect": "remote",
     "load_program": "program.files",
+    "location_of": "pointers.module",
     "record": "pointers.record",
     "run_program": "pointers.record",
     "send": "pointers.tensor",

@@ -27,6 +27,8 @@ class VirtualWorker(Location):
     """
 
     def __init__(self, hook: Any = None, id: str = "worker", *, synchronous: bool = False, codec: bool = False) -> None:
+        if isinstance(hook, str):
+            raise UsageError(f"VirtualWorker takes a hook first: write VirtualWorker(id={hook!r})")
         if not isinstance(id, str) or not id:
             raise UsageError(f"a worker's id is a name such as 'clinic', found {id!r}")
         self.worker = Worker(id)

@@ -184,10 +184,10 @@ def test_a_module_comes_home_whole(clinic: hc.VirtualWorker) -> None:
     model = ConvNet()
     before = copy.deepcopy(model.state_dict())
     assert model.send(clinic) is model
-    assert model.location is clinic
+    assert hc.location_of(model) is clinic
     assert all(isinstance(p, nn.Parameter) and isinstance(p, hc.PointerTensor) for p in model.parameters())
     assert model.get() is model
-    assert model.location is None
+    assert hc.location_of(model) is None
     assert all(type(p) is nn.Parameter for p in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -219,7 +219,7 @@ def test_deepcopy_and_state_dict_at_the_worker(clinic: hc.VirtualWorker) -> None
     kept = copy.deepcopy(model)
     model.send(clinic)
     twin = copy.deepcopy(model)
-    assert twin.location is clinic
+    assert hc.location_of(twin) is clinic
     state = model.state_dict()
     assert all(isinstance(value, hc.PointerTensor) for value in state.values())
     other = ConvNet().send(clinic)

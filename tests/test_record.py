@@ -103,8 +103,8 @@ def trained(
             found.append(step(model, x, y).detach())
             continue
         worker = workers[at // 2 % len(workers)]
-        if model.location is not worker:
-            if model.location is not None:
+        if hc.location_of(model) is not worker:
+            if hc.location_of(model) is not None:
                 model.get()
             model.send(worker)
         found.append(step(model, x.send(worker), y.send(worker)).detach().get())

@@ -286,7 +286,7 @@ def test_what_needs_memory_here_says_so(clinic: hc.VirtualWorker) -> None:
     x = torch.ones(2).send(clinic)
     with pytest.raises(hc.UsageError, match=r"numpy cannot read a tensor at 'clinic': call \.get\(\)"):
         x.numpy()
-    with pytest.raises(hc.UsageError, match=r"no memory here to share"):
+    with pytest.raises(hc.UsageError, match=r"no memory here: call \.get\(\) first"):
         x.share_memory_()
     with pytest.raises(hc.UsageError, match="cannot be saved or pickled"):
         torch.save(x, "/dev/null")

@@ -25,6 +25,7 @@ from ..datasets import MNIST, Compose, Normalize, ToTensor
 from ..pointers.data import FederatedDataLoader, FederatedDataset, federate
 from ..pointers.hook import TorchHook
 from ..pointers.location import Location
+from ..pointers.module import location_of
 from ..virtual import VirtualWorker
 
 __all__ = ["Net", "Run", "Settings", "Show", "run", "settle"]
@@ -173,7 +174,7 @@ def _train(result: Run, federated: FederatedDataset, test_set: tuple[torch.Tenso
         _epochs(result, model, federated, test_set, show)
     except KeyboardInterrupt:
         result.interrupted = True
-        if model.location is not None:
+        if location_of(model) is not None:
             model.get()
         if not result.best:
             _test(result, model, test_set, 1, "Ctrl-C", 0, show)

@@ -52,7 +52,8 @@ def adopted(
             return send(holder[at])
         raise PlaceError(
             f"{name} was given a tensor at '{where}' and a local one of shape {tuple(holder[at].shape)}. "
-            f"Send the local one there with .send({where}), or bring the other home with .get()"
+            f"Send the local one there with .send({where}), or bring the other home with .get(). A new one is made "
+            "there by x.new_ones(...), x.new_zeros(...), torch.zeros_like(x)"
         )
 
     return (

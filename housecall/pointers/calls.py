@@ -24,6 +24,7 @@ from .trace import NUMBER, Trace, register
 __all__ = ["Rule", "issue", "item", "point", "session_of"]
 
 _make: Any = torch.Tensor._make_wrapper_subclass
+_no_memory: Any = torch._C._set_throw_on_mutable_data_ptr  # whoever reaches for it in C gets an error, not a crash
 _NONE = type(None)
 _TABLE_LIMIT = 1 << 16
 _LONGEST = 64  # of a list whose length only the worker knows
@@ -135,6 +136,7 @@ def point(cls: Any, slot: Slot) -> Any:
     offset = slot.skip and slot.skip // given.dtype.itemsize
     pointer = _make(cls, given.size, given.stride, offset, None, given.dtype, torch.strided, given.device)
     pointer._slot = slot
+    _no_memory(pointer)
     if given.bits:
         torch._C._set_conj(pointer, given.type.conj)
         torch._C._set_neg(pointer, given.type.neg)

@@ -1,18 +1,20 @@
 """Federated data: a data set whose records lie at workers, and a loader whose batches never mix owners.
 
 A loader sends one permutation for each worker and epoch, and splits it there; a batch is then an `index_select`
-for each column. All of it is pointer operations: nothing waits, and no record travels.
+for each column. Without a permutation it is a copy of its records, as torch's own loader makes one: a batch may be
+changed in place, the data set stays what it was. All of it is pointer operations: nothing waits, and no record travels.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from ..errors import DataError, UsageError
 from .session import Session
@@ -136,6 +138,10 @@ class FederatedDataLoader:
             for part, order in zip(self.dataset.parts, orders, strict=True):
                 yield from self._of(part, order)
 
+    def __repr__(self) -> str:
+        how = ", shuffled" if self.shuffle else ""
+        return f"<FederatedDataLoader: {len(self):,} batches of {self.batch_size}{how} of {self.dataset!r}>"
+
     def _batches(self, part: Part) -> int:
         whole, rest = divmod(len(part), self.batch_size)
         return whole + (1 if rest and not self.drop_last else 0)
@@ -149,7 +155,7 @@ class FederatedDataLoader:
         splits = [torch.split(source, self.batch_size) for source in (part.columns if order is None else [order])]
         for pieces in zip(*(split[: self._batches(part)] for split in splits), strict=True):
             if order is None:
-                batch = list(pieces)
+                batch = [piece.clone() for piece in pieces]
             else:
                 batch = [column.index_select(0, pieces[0]) for column in part.columns]
             yield tree_unflatten(batch, part.structure)
@@ -165,10 +171,14 @@ def federate(
     if not isinstance(workers, Sequence):
         workers = (workers,)
     sessions = [session_of(worker) for worker in workers]
-    chosen = _split(len(dataset), len(workers)) if indices is None else indices  # type: ignore[arg-type]  # map-style
-    if len(set(map(id, workers))) != len(workers):
-        raise UsageError("a worker is named twice; give each its own part once")
-    _check(len(dataset), [worker.id for worker in workers], chosen)  # type: ignore[arg-type]  # as above
+    if hasattr(indices, "session"):
+        raise UsageError("federate takes the workers together: dataset.federate((a, b))")
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise UsageError(f"a {type(dataset).__name__} cannot be split: federate takes a data set with a length")
+    chosen = _split(len(dataset), len(workers)) if indices is None else indices
+    if len({worker.id for worker in workers}) != len(workers):
+        raise UsageError("a worker is named twice; give each its own part once, and each worker a name of its own")
+    _check(len(dataset), [worker.id for worker in workers], chosen)
     return FederatedDataset(
         [_send_part(dataset, session, part) for session, part in zip(sessions, chosen, strict=True)]
     )
@@ -190,6 +200,7 @@ def _check(records: int, names: list[str], chosen: Sequence[Sequence[int]]) -> N
         raise DataError(f"{len(names)} workers, but only {records} records: each worker needs at least one")
     taken: dict[int, str] = {}
     for name, part in zip(names, chosen, strict=True):
+        _check_indices(name, part)
         if len(part) == 0:
             raise DataError(f"no records for '{name}': each worker needs at least one")
         for index in part:
@@ -197,6 +208,18 @@ def _check(records: int, names: list[str], chosen: Sequence[Sequence[int]]) -> N
                 raise DataError(f"record {index} for '{name}' does not exist; there are records 0 to {records - 1}")
             if taken.setdefault(int(index), name) != name:
                 raise DataError(f"record {index} is given to both '{taken[int(index)]}' and '{name}'")
+
+
+def _check_indices(name: str, part: Any) -> None:
+    """Refuse what is no list of record numbers."""
+    if isinstance(part, str | dict | set) or not hasattr(part, "__len__"):
+        raise UsageError(f"the records for '{name}' are a list of numbers, found a {type(part).__name__}")
+    dtype = getattr(part, "dtype", None)
+    kinds = {str(dtype).removeprefix("torch.")} if dtype is not None else {type(index).__name__ for index in part}
+    wrong = [kind for kind in kinds if not re.fullmatch(r"u?int\d*", kind)]
+    if wrong:
+        hint = ": a mask is turned into numbers with mask.nonzero()" if wrong[0].startswith("bool") else ""
+        raise UsageError(f"the records for '{name}' are numbers such as 0, 7, 12, found a {wrong[0]}{hint}")
 
 
 def _send_part(dataset: Dataset[Any], session: Session, indices: Sequence[int]) -> Part:
@@ -210,19 +233,41 @@ def _collate(dataset: Dataset[Any], indices: Sequence[int]) -> tuple[list[torch.
     """The records as columns, (records, ...) each. Filled chunk by chunk, so the data is in memory once."""
     if isinstance(dataset, TensorDataset):
         picked = torch.as_tensor(list(indices))
-        return tree_flatten(tuple(column.index_select(0, picked) for column in dataset.tensors))
+        return tree_flatten(tuple(column.detach().index_select(0, picked) for column in dataset.tensors))
     columns: list[torch.Tensor] = []
     structure: Any = None
     for start in range(0, len(indices), CHUNK):
         wanted = [int(index) for index in indices[start : start + CHUNK]]
-        batch, structure = tree_flatten(default_collate(_samples(dataset, wanted)))
+        batch, structure = tree_flatten(_collated(_samples(dataset, wanted), wanted[0]))
         for leaf in batch:
             if not isinstance(leaf, torch.Tensor):
                 raise DataError(f"a record holds a {type(leaf).__name__}; only tensors and numbers can be sent")
+        _check_alike(columns, batch, wanted[0])
         columns = columns or [torch.empty((len(indices), *leaf.shape[1:]), dtype=leaf.dtype) for leaf in batch]
         for column, leaf in zip(columns, batch, strict=True):
             column[start : start + len(wanted)] = leaf
     return columns, structure
+
+
+def _collated(samples: list[Any], first: int) -> Any:
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        hint = ": give the data set a transform that makes tensors, such as ToTensor()" if "PIL" in reason else ""
+        raise DataError(f"records {first} and on cannot be laid side by side ({reason}){hint}") from None
+
+
+def _check_alike(columns: list[torch.Tensor], batch: list[torch.Tensor], first: int) -> None:
+    """Raise `DataError` if records are of another kind than those before them."""
+    if not columns:
+        return
+    if len(columns) != len(batch):
+        raise DataError(f"records from {first} on have {len(batch)} parts, those before have {len(columns)}")
+    for column, leaf in zip(columns, batch, strict=True):
+        if (leaf.dtype, leaf.shape[1:]) != (column.dtype, column.shape[1:]):
+            found, before = (f"{tensor.dtype} of shape {tuple(tensor.shape[1:])}" for tensor in (leaf, column))
+            raise DataError(f"records from {first} on hold {found}, those before hold {before}: make them alike")
 
 
 def _samples(dataset: Dataset[Any], indices: list[int]) -> list[Any]:

@@ -8,6 +8,7 @@ NOTE [Operators that are not sent as they come]
                      a slot's own shape must not change under the others
 `item`               fetches
 `copy_`              takes a local source (so `load_state_dict` works), as torch copies between devices
+`_pack_padded_sequence`  takes local lengths, and gives local batch sizes, as with CUDA: recurrent modules read them
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..errors import PlaceError
+from ..errors import PlaceError, UsageError
 from .calls import Rule, issue, item, point, session_of
 from .strided import dense_order, steps
 
@@ -43,6 +44,9 @@ def dispatch(cls: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs
     if args and type(args[0]) is cls:
         return issue(cls, rule, args[0]._slot.session, args, named)
     return issue(cls, rule, session_of(cls, rule, args, named), args, named)
+
+
+dispatch._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile's mark: not to be traced into
 
 
 def _look_up(func: Any) -> tuple[Special | None, Rule | None]:
@@ -138,6 +142,20 @@ def _copy(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return issue(cls, _COPY, target._slot.session, (target, source, *rest), kwargs)
 
 
+def _pack(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    x, lengths, batch_first = args
+    if isinstance(lengths, cls):
+        raise UsageError("the lengths of a packed sequence are read here: give them as a list or a local tensor")
+    steps_first = dispatch(cls, _aten.transpose.int, (), (x, 0, 1), {}) if batch_first else x
+    steps, batch, *rest = steps_first.shape
+    _, sizes = torch._VF._pack_padded_sequence(torch.zeros(steps, batch, 1), lengths, False)
+    flat = dispatch(cls, _aten.clone.default, (), (steps_first,), {"memory_format": torch.contiguous_format})
+    flat = dispatch(cls, _aten.view.default, (), (flat, [steps * batch, *rest]), {})
+    chosen = torch.tensor([step * batch + row for step, size in enumerate(sizes.tolist()) for row in range(size)])
+    at = point(cls, x._slot.session.put(chosen))
+    return dispatch(cls, _aten.index_select.default, (), (flat, 0, at), {}), sizes
+
+
 _aten = torch.ops.aten
 _COPY = Rule(_aten.copy_.default)
 _SPECIAL: dict[Any, Special] = {
@@ -153,4 +171,5 @@ _SPECIAL: dict[Any, Special] = {
     _aten.as_strided_copy.default: _as_strided_copy,
     _aten.as_strided_scatter.default: _as_strided_scatter,
     _aten.copy_.default: _copy,
+    _aten._pack_padded_sequence.default: _pack,
 }

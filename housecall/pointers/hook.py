@@ -1,8 +1,8 @@
 """TorchHook: gives torch's classes the methods that the article uses. It adds, never overrides, and can be undone.
 
 Tensor.send(worker)   Tensor.get()
-Module.send(worker)   Module.get()         Module.location      Module.request("why")
-Dataset.federate((a, b))
+Module.send(worker)   Module.get()         Module.request("why")
+Optimizer.get()       Dataset.federate((a, b))
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 
 from ..errors import UsageError
 from .data import federate
-from .module import get_module, module_location, request_module, send_module
-from .optimizer import follow
+from .module import get_module, request_module, send_module
+from .optimizer import follow, get_state
 from .tensor import send
 
 __all__ = ["TorchHook"]
@@ -31,8 +31,8 @@ _ADDED: tuple[tuple[type, str, Any], ...] = (
     (torch.Tensor, "get", _get),
     (torch.nn.Module, "send", send_module),
     (torch.nn.Module, "get", get_module),
-    (torch.nn.Module, "location", property(module_location)),
     (torch.nn.Module, "request", request_module),
+    (torch.optim.Optimizer, "get", get_state),
     (Dataset, "federate", federate),
 )
 

@@ -10,32 +10,27 @@ old value; running it backward afterwards would collect gradients that nobody re
 NOTE [Whole or not at all]
 Everything that can be wrong with a tensor is looked at before the first is swapped. While a module is at a remote
 worker each parameter keeps what it held at home, and has it again if that worker is gone.
-
-NOTE [First states]
-`nn.LSTM` and kin make their first hidden state, zeros, where the input's `device` says; for a pointer that is
-here. So while such a module is away a forward pre-hook of its own gives it zeros at the worker.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import HousecallError, UsageError, WorkerGone
 from ..wire.messages import Failure
+from .adapted import adapt, restore
 from .calls import point
 from .late import LateTensor, Visit
 from .request import OwnersAnswer, ask_owner
 from .session import Session, Site, caller
-from .tensor import PointerTensor, check_travels, session_of, sessions_of
+from .tensor import PointerTensor, Spent, check_travels, is_at, session_of, sessions_of
 
-__all__ = ["get_module", "give_first_states", "module_location", "request_module", "send_module"]
+__all__ = ["get_module", "location_of", "request_module", "send_module"]
 
 
 def send_module(module: nn.Module, location: Any) -> nn.Module:
@@ -59,18 +54,8 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
             _return(tensor, home)
         raise
     session.relieve()
-    give_first_states(parts)
+    adapt(parts)
     return module
-
-
-def give_first_states(parts: Iterable[nn.Module]) -> list[RemovableHandle]:
-    """Let the recurrent ones of these make their first states at the worker: NOTE [First states]. What undoes it."""
-    return [
-        part.register_forward_pre_hook(_with_first_state)
-        for part in parts
-        if isinstance(part, _RECURRENT)
-        and not any(hook is _with_first_state for hook in part._forward_pre_hooks.values())
-    ]
 
 
 def get_module(module: nn.Module) -> nn.Module:
@@ -90,11 +75,7 @@ def get_module(module: nn.Module) -> nn.Module:
         _bring_home(session, [pointer for pointer in pointers if pointer._slot.session is session])
         for session in sessions_of(pointers)
     ]
-    for part in parts:
-        if isinstance(part, _RECURRENT):
-            for key, hook in list(part._forward_pre_hooks.items()):
-                if hook is _with_first_state:
-                    del part._forward_pre_hooks[key]
+    restore(parts)
     for trouble in troubles:
         if trouble is not None:
             raise trouble
@@ -110,8 +91,8 @@ def request_module(module: nn.Module, reason: str) -> OwnersAnswer:
     return ask_owner(sessions.pop(), [pointer._slot for pointer in pointers], reason)
 
 
-def module_location(module: nn.Module) -> Any:
-    """The worker where the module is, `None` at home."""
+def location_of(module: nn.Module) -> Any:
+    """The worker where a module is, `None` at home."""
     for session in sessions_of(_tensors(_parts(module))):
         return session.location
     return None
@@ -177,14 +158,10 @@ def _bring_home(session: Session, pointers: list[PointerTensor]) -> HousecallErr
     for pointer, value in zip(pointers, values, strict=True):
         grad: Any = pointer.grad
         value.requires_grad_(pointer.requires_grad)
-        if grad is not None:
-            value.grad = visit.leave(grad._slot) if _is_at(grad, session) else grad
+        if isinstance(grad, PointerTensor) and not isinstance(grad._slot, Spent):
+            value.grad = visit.leave(grad._slot) if is_at(grad, session) else grad
         _return(pointer, value)
     return trouble
-
-
-def _is_at(grad: Any, session: Session) -> bool:
-    return isinstance(grad, PointerTensor) and grad._slot.session is session
 
 
 def _leave(tensor: torch.Tensor, session: Session, site: Site | None) -> torch.Tensor:
@@ -257,8 +234,6 @@ def _plain_class(pointer: torch.Tensor) -> type[torch.Tensor]:
     return nn.Parameter if getattr(pointer, "_is_param", False) else torch.Tensor
 
 
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-
 _STALE = (
     "backward through a module that has moved since its forward: call loss.backward() before the next model.get() or "
     "model.send()"
@@ -282,20 +257,3 @@ def _stale(grad: Any) -> NoReturn:
 
 
 _STALE_HOOKS = OrderedDict([(0, _stale)])
-
-
-def _with_first_state(part: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The arguments of a recurrent module with zeros for a state that was not given: NOTE [First states]."""
-    if len(args) != 1 or not isinstance(args[0], PointerTensor):
-        return None
-    x = args[0]
-    if isinstance(part, nn.RNNCellBase):
-        batch = x.shape[:-1]
-        state = x.new_zeros((*batch, part.hidden_size))
-        return (x, (state, x.new_zeros((*batch, part.hidden_size)))) if isinstance(part, nn.LSTMCell) else (x, state)
-    sizes = () if x.dim() == 2 else (x.shape[0 if part.batch_first else 1],)
-    layers = part.num_layers * (2 if part.bidirectional else 1)
-    hidden = x.new_zeros((layers, *sizes, part.proj_size or part.hidden_size))
-    if isinstance(part, nn.LSTM):
-        return x, (hidden, x.new_zeros((layers, *sizes, part.hidden_size)))
-    return x, hidden

@@ -23,7 +23,7 @@ import torch
 from .session import Session, Site, caller
 from .tensor import PointerTensor, send
 
-__all__ = ["follow"]
+__all__ = ["follow", "get_state"]
 
 Place = Session | None
 Setter = Callable[[torch.Tensor], None]
@@ -57,6 +57,32 @@ def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None)
         _last[optimizer] = _Step(caller(), kept, {session: session.failures for session in places})
 
 
+def get_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Bring an optimizer's state home, so that it can be saved; one round trip for each worker. Returns the optimizer.
+
+    Where its parameters are does not matter; before the next step the state follows them again."""
+    found = [
+        (value, holder, key)
+        for state in optimizer.state.values()
+        for holder, key, value in _entries(state)
+        if isinstance(value, PointerTensor)
+    ]
+    for session in {value._slot.session for value, _, _ in found}:
+        here = [entry for entry in found if entry[0]._slot.session is session]
+        for home, (_, holder, key) in zip(session.fetch([value._slot for value, _, _ in here]), here, strict=True):
+            holder[key] = home
+    return optimizer
+
+
+def _entries(holder: Any) -> Iterator[tuple[Any, Any, torch.Tensor]]:
+    """The tensors that an optimizer keeps of one parameter, with what holds each, and under which key."""
+    for key, value in list(holder.items() if isinstance(holder, dict) else enumerate(holder)):
+        if isinstance(value, torch.Tensor):
+            yield holder, key, value
+        elif isinstance(value, dict | list):
+            yield from _entries(value)
+
+
 def _undo(optimizer: torch.optim.Optimizer) -> None:
     """See NOTE [A step that was not taken]."""
     last = _last.pop(optimizer, None)
@@ -84,19 +110,10 @@ def _strays(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Iterat
     if grad is not None and _place(grad) is not here:
         yield grad, here, lambda value: setattr(parameter, "grad", value)
     state = optimizer.state.get(parameter)
-    if state:
-        yield from _within(state, here)
-
-
-def _within(holder: Any, here: Place) -> Iterator[tuple[torch.Tensor, Place, Setter]]:
-    items = holder.items() if isinstance(holder, dict) else enumerate(holder)
-    for key, value in list(items):
-        if isinstance(value, torch.Tensor):
-            there = _place(value)
-            if there is not here and not (there is None and value.dim() == 0):
-                yield value, here, lambda moved, key=key: holder.__setitem__(key, moved)  # type: ignore[misc]
-        elif isinstance(value, dict | list):
-            yield from _within(value, here)
+    for holder, key, value in _entries(state) if state else ():
+        there = _place(value)
+        if there is not here and not (there is None and value.dim() == 0):
+            yield value, here, lambda moved, holder=holder, key=key: holder.__setitem__(key, moved)  # type: ignore[misc]
 
 
 def _place(tensor: torch.Tensor) -> Place:

@@ -34,7 +34,7 @@ from ..program.ops import operator
 from ..program.outcome import Spec, spec
 from ..program.typing import meta, type_of
 from ..types import Ref, TensorType
-from .module import give_first_states
+from .adapted import adapt, restore
 from .session import Site, is_callers
 from .tape import Tape
 from .tensor import PointerTensor
@@ -234,8 +234,8 @@ class _Loan:
             self.holders = [(holder, dict(holder)) for part in parts for holder in (part._parameters, part._buffers)]
             for holder, before in self.holders:
                 stack.callback(holder.update, before)
-            for handle in give_first_states(parts):
-                stack.callback(handle.remove)
+            adapt(parts)
+            stack.callback(restore, parts)
             for leaf, stand in zip(self.given.leaves, stands, strict=True):
                 _swap(leaf, stand)
                 stack.callback(_swap, leaf, stand)

@@ -161,7 +161,10 @@ class Slot:
         return msgspec.structs.replace(self.spec.type, offset=self.skip // self.spec.dtype.itemsize)
 
     def __del__(self) -> None:
-        self._dropped.append(self.id)
+        try:
+            self._dropped.append(self.id)
+        except AttributeError:  # it was interrupted while it was made
+            return
 
 
 class Ran(NamedTuple):

@@ -21,7 +21,7 @@ from .late import at_hand
 from .request import OwnersAnswer, ask_owner
 from .session import Session, Site, Slot
 
-__all__ = ["PointerTensor", "check_travels", "send", "sent", "session_of", "sessions_of", "spend"]
+__all__ = ["PointerTensor", "Spent", "check_travels", "is_at", "send", "sent", "session_of", "sessions_of", "spend"]
 
 
 class Spent:
@@ -35,6 +35,7 @@ class Spent:
 
     @property
     def session(self) -> NoReturn:
+        """Always an error: there is no value here any more."""
         raise SpentPointerError(self._text)
 
 
@@ -76,12 +77,14 @@ class PointerTensor(torch.Tensor):
         another pointer shares it. Costs one round trip; raises `OperatorError` if the value's call failed.
 
         A value that was computed comes home as a plain tensor: its graph stays with the pointers."""
-        if getattr(self, "_is_param", False):
-            raise UsageError("this is a parameter of a module: call .get() on the module, or .copy().get() here")
+        if "_home_class" in self.__dict__ or getattr(self, "_is_param", False):
+            raise UsageError(
+                "this is a parameter or buffer of a module: call .get() on the module, or .copy().get() here"
+            )
         slots = [self._slot]
         session = self._slot.session
         grad = self.grad if self.is_leaf else None
-        if isinstance(grad, PointerTensor) and grad._slot.session is session:
+        if isinstance(grad, PointerTensor) and is_at(grad, session):
             slots.append(grad._slot)
         values = session.fetch(slots)
         value = values[0]
@@ -100,9 +103,16 @@ class PointerTensor(torch.Tensor):
         return clone.requires_grad_() if self.requires_grad and self.is_leaf else clone  # type: ignore[return-value]
 
     def move(self, other: Any) -> PointerTensor:
-        """Take the value to another worker, by way of this process; this pointer is spent."""
+        """Take the value to another worker, by way of this process; this pointer is spent.
+
+        Raises `UsageError` for a value that was computed with autograd: its graph does not go with it."""
         if other is self.location:
             return self
+        if self.requires_grad and not self.is_leaf:
+            raise UsageError(
+                "this tensor was computed, and autograd does not cross to another worker: move its inputs, or "
+                ".detach() it first"
+            )
         session_of(other)  # before the value leaves where it is
         slot = self._slot
         moved = send(self.get(), other)
@@ -167,9 +177,12 @@ class PointerTensor(torch.Tensor):
             return self.detach().copy().get().numpy()  # type: ignore[attr-defined]  # a pointer
         raise UsageError(f"numpy cannot read a tensor at '{self.location.id}': call .get() first")
 
-    def share_memory_(self) -> NoReturn:
+    def _no_memory(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Always an error: the memory is at the worker."""
-        raise UsageError(f"a tensor at '{self.location.id}' has no memory here to share: call .get() first")
+        raise UsageError(f"a tensor at '{self.location.id}' has no memory here: call .get() first")
+
+    share_memory_ = data_ptr = storage = untyped_storage = apply_ = map_ = map2_ = _no_memory
+    __dlpack__ = __dlpack_device__ = pin_memory = is_pinned = _no_memory
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         return self.numpy()
@@ -186,7 +199,10 @@ class PointerTensor(torch.Tensor):
         return clone  # type: ignore[no-any-return]  # as above
 
     def __reduce_ex__(self, proto: Any) -> NoReturn:
-        raise UsageError(f"a pointer to '{self.location.id}' cannot be saved or pickled: call .get() first")
+        raise UsageError(
+            f"a pointer to '{self.location.id}' cannot be saved or pickled: call .get() first, on the module, or on "
+            "the optimizer for its state"
+        )
 
     def __format__(self, format_spec: str) -> str:
         if not format_spec:
@@ -202,19 +218,27 @@ class PointerTensor(torch.Tensor):
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
+        if isinstance(self._slot, Spent):
+            return f"<code>{self!r}</code>"
         shape = " × ".join(map(str, self.shape)) or "scalar"
         grad = ", requires grad" if self.requires_grad else ""
         return f"<code>{self!r}</code><br><small>{shape}, {self.dtype}{grad}; the value is at the worker</small>"
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, tuple[Any, ...], Any]:
-    """The device among the arguments of `.to`, and the arguments without it."""
-    given = kwargs.get("device", args[0] if args else None)
+    """The device among the arguments of `.to(device, dtype, non_blocking, copy)`, and the arguments without it."""
+    named = dict(zip(("device", "dtype", "non_blocking", "copy"), args, strict=False)) | kwargs
+    given = named.pop("device", None)
     if not isinstance(given, str | int | torch.device) or isinstance(given, bool):
         return None, args, kwargs
     device = torch.device("cuda", given) if isinstance(given, int) else torch.device(given)
-    rest = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking")}
-    return device, (args if "device" in kwargs else args[1:]), rest
+    rest = {name: value for name, value in named.items() if name != "non_blocking" and value not in (None, False)}
+    return device, (), rest
+
+
+def is_at(pointer: PointerTensor, session: Session) -> bool:
+    """Whether a pointer is to a value of this session; one that is spent is to none."""
+    return not isinstance(pointer._slot, Spent) and pointer._slot.session is session
 
 
 def spend(pointer: PointerTensor, taken_by: str) -> None:
@@ -226,6 +250,8 @@ def send(tensor: torch.Tensor, location: Any) -> PointerTensor:
     """Send a copy of a local tensor to a worker. A leaf's gradient goes with it.
 
     A tensor that was computed with autograd is refused: its graph does not cross to the worker."""
+    if not isinstance(tensor, torch.Tensor):
+        raise UsageError(f"only tensors can be sent, found a {type(tensor).__name__}: torch.as_tensor(it) makes one")
     if isinstance(tensor, PointerTensor):
         tensor.send(location)
     session = session_of(location)

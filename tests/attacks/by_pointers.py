@@ -114,7 +114,7 @@ def attack_a_trained_parameter(world: World) -> Any:
 
 @attack("door", "unsaid writes")
 def attack_batch_norm_buffers(world: World) -> Any:
-    return stolen(world, lambda: _trained(world)[0].norm.running_mean.get())
+    return stolen(world, lambda: _trained(world)[0].norm.running_mean.copy().get())
 
 
 @attack("door")

@@ -1,0 +1,73 @@
+"""Modules of torch's that need help while they are away: what they do helps itself to this machine's memory.
+
+NOTE [First states]
+`nn.LSTM` and kin make their first hidden state, zeros, where the input's `device` says; for a pointer that is here. So
+while such a module is away a forward pre-hook of its own gives it zeros at the worker.
+
+NOTE [Nested tensors]
+In evaluation `nn.TransformerEncoder` packs padded sequences into a nested tensor, a layout that does not travel. While
+it is away it takes the way that it takes in training, which gives the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .tensor import PointerTensor
+
+__all__ = ["adapt", "restore"]
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+def adapt(parts: Iterable[nn.Module]) -> None:
+    """Help these modules while they are away. Doing it twice is harmless."""
+    for part in parts:
+        if isinstance(part, _RECURRENT):
+            if not any(hook is _with_first_state for hook in part._forward_pre_hooks.values()):
+                part.register_forward_pre_hook(_with_first_state, with_kwargs=True)
+        elif isinstance(part, nn.TransformerEncoder) and getattr(part, "use_nested_tensor", False):
+            part.use_nested_tensor = False
+            part.__dict__["_nested_at_home"] = True
+
+
+def restore(parts: Iterable[nn.Module]) -> None:
+    """Undo it."""
+    for part in parts:
+        if isinstance(part, _RECURRENT):
+            for key, hook in list(part._forward_pre_hooks.items()):
+                if hook is _with_first_state:
+                    del part._forward_pre_hooks[key]
+                    part._forward_pre_hooks_with_kwargs.pop(key, None)
+        elif part.__dict__.pop("_nested_at_home", False):
+            part.use_nested_tensor = True  # type: ignore[assignment]  # torch types no attribute of a module
+
+
+def _with_first_state(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a recurrent module with zeros for a state that was not given: NOTE [First states]."""
+    given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+    x = given.get("input")
+    values = x.data if isinstance(x, PackedSequence) else x
+    if not isinstance(values, PointerTensor) or given.get("hx") is not None:
+        return None
+    return (x, _first_state(part, x, values)), {}
+
+
+def _first_state(part: Any, x: Any, values: torch.Tensor) -> Any:
+    if isinstance(part, nn.RNNCellBase):
+        state = values.new_zeros((*values.shape[:-1], part.hidden_size))
+        return (state, torch.zeros_like(state)) if isinstance(part, nn.LSTMCell) else state
+    if isinstance(x, PackedSequence):
+        sizes: tuple[int, ...] = (int(x.batch_sizes[0]),)
+    else:
+        sizes = () if values.dim() == 2 else (values.shape[0 if part.batch_first else 1],)
+    layers = part.num_layers * (2 if part.bidirectional else 1)
+    hidden = values.new_zeros((layers, *sizes, part.proj_size or part.hidden_size))
+    if isinstance(part, nn.LSTM):
+        return hidden, values.new_zeros((layers, *sizes, part.hidden_size))
+    return hidden
