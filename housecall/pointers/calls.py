@@ -73,6 +73,9 @@ def issue(cls: Any, rule: Rule, session: Session, args: tuple[Any, ...], kwargs:
                 adopts = False
             except LocalTensor:
                 adopts = True
+            except BaseException:  # Ctrl-C, in the middle of a step
+                session.mend()
+                raise
             if adopts:  # only now, with the frames of the attempt gone, can be seen who holds the tensor
 
                 def sent(tensor: torch.Tensor) -> Any:

@@ -26,7 +26,7 @@ class Visit:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._left: list[weakref.ref[LateTensor]] = []
-        session.before_close.add(self)
+        session.leaves(self)
 
     def leave(self, slot: Slot) -> LateTensor:
         """A tensor for the value of this slot, which stays at the worker for now."""

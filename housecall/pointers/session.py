@@ -5,10 +5,10 @@ when it is `transport.frame_messages` or when somebody waits. A caller waits onl
 
 NOTE [Lifetimes]
 A `Slot` is the one object that stands for a value at the worker; pointers that alias it (`detach`) share it. When the
-last of them dies, from whichever thread, also the garbage collector's, also at exit, the slot notes its id in
-`dropped`: appending to a deque is atomic and needs no lock. What was issued before may use it, so its `Drop` stands
-behind that; a result of the present trace is not bound at all. Finalizers stand here and not on the tensor, since
-modules swap what a tensor object holds.
+last of them dies, from whichever thread, also the garbage collector's, also at exit, its mark is appended to `dropped`:
+by a weak reference's callback in C, which is atomic, needs no lock, and swallows no Ctrl-C, as a `__del__` would. What
+was issued before may use it, so its `Drop` stands behind that; a result of the present trace is not bound at all. Marks
+are of slots and not of tensors, since modules swap what a tensor object holds.
 
 NOTE [Unused values]
 A value that was sent waits until something uses it, or somebody waits. One that is dropped before never travels, so the
@@ -32,6 +32,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from types import CodeType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -43,6 +44,7 @@ from ..program.call import Call, Program, call_text
 from ..program.outcome import Spec, spec
 from ..program.typing import type_of
 from ..transport.arrays import share
+from ..transport.whole import whole
 from ..types import Ref, TensorType, Transport
 from ..wire.messages import (
     Define,
@@ -140,18 +142,26 @@ class Cut(Exception):  # an event, not an error: `dispatch` begins the call anew
     """What was issued had better leave before the call at hand, which uses a large value that has yet to travel."""
 
 
+class _Mark(weakref.ref["Slot"]):
+    """What is left of a slot that died: its id. See NOTE [Lifetimes]."""
+
+    __slots__ = ("id",)
+    id: int
+
+
 class Slot:
     """One value at a worker. Dies with the last pointer to it, and frees the value then.
 
     `register` is its place in `trace`, while that is its session's present one. `spec` is its type at the start of a
     storage, `skip` how many bytes of its storage come before it: so batches that are views of one column are alike."""
 
-    __slots__ = ("__weakref__", "_dropped", "id", "register", "session", "skip", "spec", "trace")
+    __slots__ = ("__weakref__", "id", "register", "session", "skip", "spec", "trace")
 
     def __init__(self, session: Session, spec: Spec, trace: Trace | None = None, skip: int = 0) -> None:
         self.session, self.spec, self.trace, self.skip = session, spec.start, trace, skip + spec.skip
-        self._dropped = session.dropped
-        self.id = next(session.ids)
+        self.id = ref = next(session.ids)
+        mark = session.marks[ref] = _Mark(self, session.dropped.append)
+        mark.id = ref
         if trace is not None:
             self.register = trace.bind(self.id)
 
@@ -159,12 +169,6 @@ class Slot:
     def type(self) -> TensorType:
         """Its type where it lies."""
         return msgspec.structs.replace(self.spec.type, offset=self.skip // self.spec.dtype.itemsize)
-
-    def __del__(self) -> None:
-        try:
-            self._dropped.append(self.id)
-        except AttributeError:  # it was interrupted while it was made
-            return
 
 
 class Ran(NamedTuple):
@@ -196,7 +200,8 @@ class Session:
         # Ids start at random, from the system's generator: two sessions' ids do not look alike, and reseeding
         # `random` cannot make them collide. Within the session they count, so none comes twice.
         self.ids = itertools.count(10**10 + secrets.randbelow(8 * 10**10))
-        self.dropped: deque[int] = deque()
+        self.dropped: deque[_Mark] = deque()
+        self.marks: dict[int, _Mark] = {}  # of the slots that live
         self.outbox: list[Issued] = []
         self._sent: dict[
             int, tuple[Put | Later, Any]
@@ -218,7 +223,7 @@ class Session:
         self.failures = 0  # that replies have told of so far
         self._undone: deque[tuple[int, Any]] = deque(maxlen=1000)  # lines whose writes were not done
         self._to_hear = 0  # the last frame whose reply told of some, until the worker knows that we know
-        self.before_close: weakref.WeakSet[Any] = weakref.WeakSet()  # visits that left something: `late`
+        self._visits: list[weakref.ref[Any]] = []  # that may have left something: `late`
         self._over: str | None = None  # why nothing more can be done here
         self._synchronous = synchronous
         self._tree = Tree()
@@ -322,6 +327,12 @@ class Session:
         for ref in [ref for ref, (message, _) in self._sent.items() if not isinstance(message, Later)]:
             self._use(ref)
 
+    def mend(self) -> None:
+        """Something was cut short in the middle of a step: what was whole before is ended here."""
+        if not self.trace.is_whole():
+            self.trace.rewind()
+            self._end_trace()
+
     def cut(self) -> None:
         """What was issued leaves, without what it does not use."""
         self._end_trace()
@@ -364,7 +375,9 @@ class Session:
         trace = self.trace
         dropped: list[int] = []
         while self.dropped:
-            dropped.append(self.dropped.popleft())
+            ref = self.dropped.popleft().id
+            self.marks.pop(ref, None)
+            dropped.append(ref)
         if trace.ids:
             self.trace = self._new_trace()
         if trace.sites:
@@ -406,7 +419,7 @@ class Session:
 
     def flush(self) -> None:
         """Send what is queued."""
-        with self.lock:
+        with self.lock, whole():
             self._end_trace()
             if self._sent:
                 self._use_all()
@@ -477,8 +490,10 @@ class Session:
             raise self.error(unnoticed[0])
 
     def _collect(self) -> tuple[list[Result], list[Failure]]:
-        """Send what is queued and wait for every reply: what was asked for, and failures that nobody would notice."""
-        with self.lock:
+        """Send what is queued and wait for every reply: what was asked for, and failures that nobody would notice.
+
+        Within this process Ctrl-C waits until that is done; who waits for a network is let go."""
+        with self.lock, nullcontext() if self.transport.remote else whole():
             self.flush()
             for other in Session.live:
                 if other is not self and other.busy:
@@ -565,6 +580,12 @@ class Session:
         """Let go of values that came home but whose slots still stand at the worker. See `kept`."""
         self._kept.clear()
 
+    def leaves(self, visit: Any) -> None:
+        """A visit leaves something here, which is brought before the session is closed."""
+        if len(self._visits) > 64:
+            self._visits = [ref for ref in self._visits if ref() is not None]
+        self._visits.append(weakref.ref(visit))
+
     def check_open(self) -> None:
         """Raise `WorkerGone` if this session is known to be over."""
         if self._over is not None:
@@ -572,9 +593,10 @@ class Session:
 
     def close(self) -> None:
         """End the session; the worker frees its slots. What was left there to come later comes now, if it can."""
-        for visit in tuple(self.before_close) if self._over is None else ():
-            with contextlib.suppress(HousecallError):
-                visit.bring()
+        for visit in [ref() for ref in self._visits] if self._over is None else ():
+            if visit is not None:
+                with contextlib.suppress(HousecallError):
+                    visit.bring()
         self._over = f"the session at worker '{self.location.id}' is closed: make a new worker, or connect anew"
         Session.live.discard(self)
         self._kept.clear()

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from typing import Any, Final, NamedTuple
 
 from ..errors import ProgramError
-from ..program.call import HOLE, Call, Input, Program, refs, replaced
+from ..program.call import HOLE, Arg, Call, Input, Items, Program, refs, replaced
 from ..program.check import check
 from ..program.flow import with_updates
 from ..types import Ref, TensorType
@@ -52,11 +52,18 @@ class Step:
     `given` says what the call gives, for whoever issues it, and `site` from where it was issued last; `after` has the
     steps that followed, by what decided them, `endings` how traces ended here, by the registers still pointed at."""
 
-    __slots__ = ("after", "before", "call", "endings", "given", "inputs", "site", "type")
+    __slots__ = ("after", "before", "call", "counts", "endings", "given", "inputs", "site", "type")
 
     def __init__(self, before: Step | None, type: TensorType | None, call: Call | None, given: Any) -> None:
         self.before, self.type, self.call, self.given = before, type, call, given
         self.site: Any = None
+        values, calls, numbers = before.counts if before else (0, 0, 0)
+        if call is not None:
+            values += sum(out != HOLE for out in call.outs)
+            numbers += sum(ref is NUMBER for arg in (*call.args, *call.kwargs.values()) for ref in _all(arg))
+        self.counts: tuple[int, int, int] = (  # of values, calls and numbers, after it
+            values + (type is not None), calls + (call is not None), numbers,
+        )  # fmt: skip
         self.after: dict[Any, Step] = {}
         self.endings: dict[tuple[int, ...], Ending] = {}
         self.inputs: tuple[int, ...] = before.inputs if before else ()  # the registers of all inputs so far
@@ -69,6 +76,13 @@ class Step:
             found.append(step)
             step = step.before
         return found[::-1]
+
+
+def _all(arg: Arg) -> list[Ref]:
+    """The references in an argument."""
+    if isinstance(arg, Items):
+        return [ref for item in arg.items for ref in _all(item)]
+    return [arg] if isinstance(arg, Ref) else []
 
 
 class Ending(NamedTuple):
@@ -140,6 +154,20 @@ class Trace:
         at = len(ids)
         ids.append(id)
         return _registers[at] if at < len(_registers) else register(at)
+
+    def is_whole(self) -> bool:
+        """Whether no step was cut short."""
+        return self.step.counts == (len(self.ids), len(self.sites), len(self.numbers))
+
+    def rewind(self) -> None:
+        """Back to the last step that was whole."""
+        have = len(self.ids), len(self.sites), len(self.numbers)
+        step = self.step
+        while step.before is not None and any(wanted > found for wanted, found in zip(step.counts, have, strict=True)):
+            step = step.before
+        values, calls, numbers = step.counts
+        self.step = step
+        del self.ids[values:], self.sites[calls:], self.numbers[numbers:]
 
     def alive(self, dead: set[int]) -> tuple[int, ...]:
         """The registers of results whose slots are not among the dead."""

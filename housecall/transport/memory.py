@@ -13,14 +13,9 @@ torch keeps part of it for the whole process.
 from __future__ import annotations
 
 import threading
-
-# `signal.signal` without its enumerations, whose look-ups cost more than all else of a small frame.
-from _signal import SIGINT as _SIGINT  # type: ignore[import-not-found]  # the C module behind it, which no stubs name
-from _signal import signal as _set_handler
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -29,6 +24,7 @@ from ..errors import WorkerGone
 from ..types import Door
 from ..wire.messages import Frame, Reply
 from .parcel import Assembler, packed
+from .whole import whole
 
 __all__ = ["BACKLOG", "MemoryTransport", "through_codec"]
 
@@ -103,7 +99,7 @@ class MemoryTransport:
                 frame = self._frames.popleft()
             except IndexError:
                 return False
-            with _whole():
+            with whole():
                 self._replies.append(self._handle(frame))
             return True
 
@@ -127,23 +123,6 @@ def _sharing(full: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(full)
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Within: Ctrl-C waits. A frame that is cut in the middle would leave the worker in no known state; a frame
-    that has ended leaves all values where the program says."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    noted: list[tuple[int, FrameType | None]] = []
-    before = _set_handler(_SIGINT, lambda number, frame: noted.append((number, frame)))
-    try:
-        yield
-    finally:
-        _set_handler(_SIGINT, before)
-    if noted and callable(before):
-        before(*noted[-1])
 
 
 def through_codec(handle: Callable[[Frame], Reply]) -> Callable[[Frame], Reply]:
