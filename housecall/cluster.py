@@ -173,7 +173,11 @@ class LocalCluster:
         quiet = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with (self.folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(  # noqa: S603  # this package, in words of its own
-                command, stdout=subprocess.PIPE, stderr=log, env=born_clean({**os.environ, **quiet})
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=born_clean({**os.environ, **quiet}),
+                start_new_session=True,  # a terminal's Ctrl-C is for the caller, who then ends her workers
             )
 
     def _address(self, process: subprocess.Popen[bytes]) -> str:

@@ -517,7 +517,7 @@ def test_a_failure_names_the_call_and_what_depends_on_nothing_of_it_is_done(clin
         found.get()
     assert caught.value.operator == "index_select.default"
     assert caught.value.reason == (
-        "call 0, `%3 = index_select.default(x, 0, at)`; what does not depend on it was done: IndexError: index out of "
+        "call 0, `%2 = index_select.default(x, 0, at)`; what does not depend on it was done: IndexError: index out of "
         "range in self"
     )
     assert "test_record.py" in caught.value.site

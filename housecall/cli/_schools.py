@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import nn
 from .. import __version__
 from ..cluster import ClusterWorker, LocalCluster
 from ..datasets import MNIST, Compose, Normalize, ToTensor
+from ..errors import HousecallError
 from ..pointers.data import FederatedDataLoader, FederatedDataset, federate
 from ..pointers.hook import TorchHook
 from ..pointers.location import Location
@@ -61,6 +62,7 @@ class Settings:
     owners: bool
     limit: int | None
     processes: bool = False
+    decay: bool = True
 
 
 @dataclass
@@ -80,6 +82,7 @@ class Run:
     visits: int = 0
     waits: int = 0
     interrupted: bool = False
+    trouble: str = ""  # what else ended it
 
 
 class Show:
@@ -168,16 +171,31 @@ def _deal(
 
 
 def _train(result: Run, federated: FederatedDataset, test_set: tuple[torch.Tensor, torch.Tensor], show: Show) -> None:
-    """The article's loop. However it ends, the model comes home and the best one is kept."""
+    """The article's loop. If Ctrl-C or an error ends it, the best model so far is kept."""
     model: Any = Net()
     try:
         _epochs(result, model, federated, test_set, show)
     except KeyboardInterrupt:
         result.interrupted = True
+        show.say("Ctrl-C: bringing the model home ...")
+        _last_model(result, model, test_set, show)
+    except HousecallError as error:
+        result.trouble = str(error)
+        show.say(f"[red]{error}[/]")
+        _last_model(result, model, test_set, show)
+
+
+def _last_model(result: Run, model: Any, test_set: tuple[torch.Tensor, torch.Tensor], show: Show) -> None:
+    """Keep the model as it is, tested, if none was kept so far; another Ctrl-C skips the test."""
+    with suppress(HousecallError):
         if location_of(model) is not None:
             model.get()
-        if not result.best:
-            _test(result, model, test_set, 1, "Ctrl-C", 0, show)
+    if result.best or location_of(model) is not None:
+        return
+    result.best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    show.say("Testing it; Ctrl-C once more skips that ...")
+    with suppress(KeyboardInterrupt):
+        _test(result, model, test_set, 1, "the end", 0, show)
 
 
 def _epochs(
@@ -186,7 +204,9 @@ def _epochs(
     settings = result.settings
     loader = FederatedDataLoader(federated, batch_size=settings.batch_size, shuffle=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=settings.momentum)
-    show.progress.update(show.task, total=len(loader) * settings.epochs)
+    steps = len(loader) * settings.epochs
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - settings.decay * step / steps)
+    show.progress.update(show.task, total=steps)
     seen = 0
     for epoch in range(1, settings.epochs + 1):
         show.update(epoch=f"{epoch}/{settings.epochs}")
@@ -203,6 +223,7 @@ def _epochs(
             loss.backward()
             optimizer.step()
             model.get()
+            falling.step()
             result.visits += 1
             seen += len(data)
             if batch % LOG_INTERVAL == 0:
@@ -242,7 +263,6 @@ def _test(
 def settle(result: Run, folder: Path) -> None:
     """Write what the run leaves behind, and say what happened."""
     console = Console()
-    folder.mkdir(parents=True, exist_ok=True)
     if result.best:
         save_file(result.best, folder / "model.safetensors")
     (folder / "run.json").write_text(json.dumps(_record(result), indent=2) + "\n")
@@ -290,12 +310,12 @@ def _closing(result: Run, folder: Path) -> str:
     visits = max(result.visits, 1)
     placed = result.data_bytes / millions
     out, back = result.model_bytes_sent / visits / millions, result.model_bytes_fetched / visits / millions
-    early = "Stopped early; the best model so far is kept.\n" if result.interrupted else ""
+    early = "Stopped early; the best model so far is kept.\n" if result.interrupted or result.trouble else ""
     return (
         f"\n{early}[bold]Test accuracy {result.accuracy:.2%}[/] after {result.train_seconds:.0f} s of training.\n\n"
         f"What each school held   {held}.\n"
-        f"What travelled          the model, {result.visits:,} visits: {out:.1f} MB there, {back:.1f} MB back each\n"
-        f"                        (parameters and gradients), and {len(result.losses):,} loss values.\n"
+        f"What travelled          the model, {result.visits:,} visits: {out:.1f} MB there, {back:.1f} MB back each,\n"
+        f"                        and {len(result.losses):,} loss values.\n"
         f"What did not            images and labels. {placed:.0f} MB were placed at the schools beforehand,\n"
         "                        in place of what real schools hold already.\n"
         "What this does not show the schools see the model, gradients tell of the images, and both schools are on\n"

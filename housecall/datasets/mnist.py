@@ -57,6 +57,16 @@ class MNIST(Dataset[tuple[Any, Any]]):
             fetch(self.root)
         self.data, self.targets = _read("train" if train else "t10k", self.root)
 
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """The label of each class, as in torchvision."""
+        return {name: label for label, name in enumerate(self.classes)}
+
+    @property
+    def raw_folder(self) -> str:
+        """Where its files lie unpacked, or would, as in torchvision."""
+        return str(self.root / "MNIST" / "raw")
+
     def __len__(self) -> int:
         return len(self.data)
 

@@ -40,7 +40,7 @@ import msgspec
 import torch
 
 from ..errors import HousecallError, OperatorError, PolicyError, ProtocolError, UsageError, WorkerGone
-from ..program.call import Call, Program, call_text
+from ..program.call import Call, Program, call_text, printed_names
 from ..program.outcome import Spec, spec
 from ..program.typing import type_of
 from ..transport.arrays import share
@@ -667,8 +667,8 @@ def _call_of(program: Program, number: int | None) -> str:
     """What failed within a program, for the reason of an error."""
     if number is None or number >= len(program.calls):
         return ""
-    names = {item.id: item.name for item in program.inputs} | {ref: name for name, ref in program.numbers}
-    return f"call {number}, `{call_text(program.calls[number], names)}`; what does not depend on it was done: "
+    text = call_text(program.calls[number], printed_names(program))
+    return f"call {number}, `{text}`; what does not depend on it was done: "
 
 
 def _nbytes(entry: Issued) -> int:

@@ -31,6 +31,7 @@ __all__ = [
     "Program",
     "Symbol",
     "call_text",
+    "printed_names",
     "refs",
     "replaced",
     "text",
@@ -142,16 +143,22 @@ def replaced(call: Call, change: Callable[[Ref], Arg], outs: tuple[int, ...]) ->
 def text(program: Program) -> str:
     """`program(inputs) { calls; return outputs }`, names for inputs, `%n` for the rest in order of binding. An input
     that the program changes in place is `updated`."""
-    names = {item.id: item.name for item in program.inputs} | {ref: name for name, ref in program.numbers}
-    for call in program.calls:
-        for out in call.outs:
-            if out != HOLE:
-                names.setdefault(out, f"%{len(names)}")
+    names = printed_names(program)
     given = [f"{item.name}: {item.type}{' updated' if item.updates else ''}" for item in program.inputs]
     inputs = ", ".join([*given, *(f"{name}: number" for name, _ in program.numbers)])
     lines = [f"  {call_text(call, names)}" for call in program.calls]
     outputs = ", ".join(f"{name}={names.get(ref, f'%?{ref}')}" for name, ref in program.outputs)
     return "\n".join([f"program({inputs}) {{", *lines, f"  return {outputs}", "}"])
+
+
+def printed_names(program: Program) -> dict[int, str]:
+    """What each id is called where a program is printed."""
+    names = {item.id: item.name for item in program.inputs} | {ref: name for name, ref in program.numbers}
+    for call in program.calls:
+        for out in call.outs:
+            if out != HOLE:
+                names.setdefault(out, f"%{len(names)}")
+    return names
 
 
 def call_text(call: Call, names: dict[int, str] | None = None) -> str:
