@@ -46,7 +46,7 @@ def test_the_table_is_what_the_tool_writes() -> None:
 def test_the_table_holds_each_operator_once_and_enough_of_them() -> None:
     lines = (ROOT / "housecall" / "program" / "aten.txt").read_text().splitlines()
     assert len(lines) == len(set(lines)) == len(table())
-    assert len(lines) > 2000
+    assert 900 < len(lines) < 1000  # as many as are needed: see tools/allowed.txt
 
 
 def test_every_line_parses() -> None:
@@ -87,9 +87,8 @@ def test_what_a_batch_norm_writes_is_known_although_its_schema_does_not_say_so()
         call = Call(name, (x, w, w, Ref(3), Ref(4), *flags), {}, (5, 6, 7))
         return [param.name for param, _ in written_by(operator(name), call)]
 
-    for name in ("native_batch_norm.default", "_batch_norm_impl_index.default", "batch_norm.default"):
-        assert statistics(name, True, 0.1, 1e-5) == ["running_mean", "running_var"]
-        assert statistics(name, False, 0.1, 1e-5) == []
+    assert statistics("native_batch_norm.default", True, 0.1, 1e-5) == ["running_mean", "running_var"]
+    assert statistics("native_batch_norm.default", False, 0.1, 1e-5) == []
     mean = torch.zeros(2)
     torch.ops.aten.native_batch_norm(torch.ones(3, 2), None, None, mean, torch.ones(2), True, 0.1, 1e-5)
     assert mean.tolist() != [0.0, 0.0]
@@ -178,7 +177,7 @@ def test_writes_and_same_as_of_operators_everybody_knows() -> None:
     assert operator("add_.Tensor").returns[0].same_as == "self"
     assert operator("add.out").returns[0].same_as == "out"
     assert operator("add.Tensor").returns[0].same_as == ""
-    assert [item.same_as for item in operator("max.dim_max").returns] == ["max", "max_values"]
+    assert [item.same_as for item in operator("rrelu_with_noise_.default").returns] == ["self"]
     assert operator("split.Tensor").returns[0].many
     assert operator("_foreach_add_.List").returns == ()
     assert operator("_foreach_add_.List").writes

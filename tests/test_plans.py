@@ -130,7 +130,7 @@ BAD: dict[str, Callable[[], Program]] = {
         call("native_batch_norm.default", Y, None, None, X, X, True, 0.1, 1e-5, outs=(3, 4, 5))
     ),
     "and its size might be changed": lambda: program(call("t_.default", X), updates=True),
-    "its size might be changed": lambda: program(call("neg.out", Y, out=X), updates=True),
+    "its size might be changed": lambda: program(call("add.out", Y, Y, out=X), updates=True),
     "'dim' expects int, found str 'x'": lambda: program(call("select.int", X, "x", 0, outs=(3,))),
     "number 'n' binds %2, which is bound already": lambda: program(numbers=(("n", 2),)),
     "'self' expects Tensor, found float 0.0": lambda: program(

@@ -240,7 +240,7 @@ def test_a_good_program_passes() -> None:
         (call("sum.dim_IntList", X, Items((Items((0,)),)), outs=(3,)), ["'dim' expects int, found Items"]),
         (call("sum.dim_IntList", X, 0, 1, outs=(3,)), ["'keepdim' expects bool, found int 1"]),
         (call("cat.default", Items((X, None)), outs=(3,)), ["'tensors' expects Tensor, found NoneType None"]),
-        (call("dropout.default", X, True, False, outs=(3,)), ["'p' expects float, found bool True"]),
+        (call("native_dropout.default", X, True, False, outs=(3, 4)), ["'p' expects float, found bool True"]),
         (call("add.Tensor", X, "1", outs=(3,)), ["'other' expects Tensor, found str"]),
         (call("add.Scalar", X, Symbol("dtype", "float32"), outs=(3,)), ["'other' expects Scalar, found Symbol"]),
         (
@@ -302,7 +302,7 @@ def test_check_refuses_inputs_and_outputs(program: Program, text: str) -> None:
     [
         call("sum.dim_IntList", X, 0, outs=(3,)),  # one int for a list of them, as torch takes it
         call("sum.dim_IntList", X, None, outs=(3,)),
-        call("dropout.default", X, 0, False, outs=(3,)),  # an int where a float is wanted
+        call("native_dropout.default", X, 0, False, outs=(3, 4)),  # an int where a float is wanted
         call("add.Scalar", X, True, outs=(3,)),  # a truth is a scalar
         call("mul.Scalar", X, Complex(0.0, 1.0), outs=(3,)),
         call("index.Tensor", X, Items((None,)), outs=(3,)),
@@ -318,7 +318,7 @@ def test_check_allows_what_torch_takes(good: Call) -> None:
 
 
 def test_writing_to_an_input_through_a_view_of_it_is_refused() -> None:
-    refused(one(call("alias.default", X, outs=(2,)), call("add_.Scalar", Ref(2), 1)), "would be written")
+    refused(one(call("t.default", X, outs=(2,)), call("add_.Scalar", Ref(2), 1)), "would be written")
 
 
 def test_one_tensor_is_no_list_of_tensors() -> None:

@@ -7,11 +7,18 @@ while such a module is away a forward pre-hook of its own gives it zeros at the 
 NOTE [Nested tensors]
 In evaluation `nn.TransformerEncoder` packs padded sequences into a nested tensor, a layout that does not travel. While
 it is away it takes the way that it takes in training, which gives the same.
+
+NOTE [Plain kernels]
+For `nn.LSTM` torch may take one kernel of oneDNN for all layers, and in evaluation one for a whole attention or encoder
+layer. What these trust cannot be checked before they run (`program.trust`), so a worker that guards its memory refuses
+them. There these modules take the way of small operators, which gives the same but for rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,11 +30,14 @@ from .tensor import PointerTensor
 __all__ = ["adapt", "restore"]
 
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_FUSED = (nn.LSTM, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def adapt(parts: Iterable[nn.Module]) -> None:
     """Help these modules while they are away. Doing it twice is harmless."""
     for part in parts:
+        if isinstance(part, _FUSED):
+            part.__dict__.setdefault("forward", functools.partial(_plainly, part))
         if isinstance(part, _RECURRENT):
             if not any(hook is _with_first_state for hook in part._forward_pre_hooks.values()):
                 part.register_forward_pre_hook(_with_first_state, with_kwargs=True)
@@ -39,6 +49,8 @@ def adapt(parts: Iterable[nn.Module]) -> None:
 def restore(parts: Iterable[nn.Module]) -> None:
     """Undo it."""
     for part in parts:
+        if getattr(part.__dict__.get("forward"), "func", None) is _plainly:
+            del part.__dict__["forward"]
         if isinstance(part, _RECURRENT):
             for key, hook in list(part._forward_pre_hooks.items()):
                 if hook is _with_first_state:
@@ -46,6 +58,28 @@ def restore(parts: Iterable[nn.Module]) -> None:
                     part._forward_pre_hooks_with_kwargs.pop(key, None)
         elif part.__dict__.pop("_nested_at_home", False):
             part.use_nested_tensor = True  # type: ignore[assignment]  # torch types no attribute of a module
+
+
+def _plainly(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`part.forward`, by NOTE [Plain kernels] where its worker guards its memory."""
+    here = next((p for p in part.parameters() if isinstance(p, PointerTensor)), None)
+    if here is None or not here._slot.session.guarded:
+        return type(part).forward(part, *args, **kwargs)
+    with _plain_kernels():
+        return type(part).forward(part, *args, **kwargs)
+
+
+@contextmanager
+def _plain_kernels() -> Iterator[None]:
+    """Within: torch takes no kernel that does a whole module's work."""
+    fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)  # as `mkldnn.flags` does, which looks at other settings too, and warns
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _with_first_state(part: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 torch calls a hook before every `step` of every optimizer (`register_optimizer_step_pre_hook`, its own public
 point). Ours looks whether a parameter's gradient and state (momentum, moments ...) are where the parameter is,
 and brings what is not: in one round trip for each worker that is left. State without dimensions that is local
-(`step` counters) stays local: optimizers read it as a number.
+(`step` counters) stays local: optimizers read it as a number. Only Adagrad's fused kernel counts by itself.
 
 NOTE [A step that was not taken]
 After a failure a worker changes nothing until its caller has heard (`worker.store`: After a failure). So the step that
@@ -45,7 +45,13 @@ def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = {p._slot.session for p in parameters if isinstance(p, PointerTensor)}
     _undo(optimizer)
-    strays = [stray for p in parameters for stray in _strays(optimizer, p)]
+    counts = isinstance(optimizer, torch.optim.Adagrad)
+    strays = [
+        stray
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for stray in _strays(optimizer, p, counters=counts and group["fused"])
+    ]
     for session in {_place(tensor) for tensor, _, _ in strays}:
         leaving = [stray for stray in strays if _place(stray[0]) is session]
         tensors = [tensor for tensor, _, _ in leaving]
@@ -103,7 +109,9 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _strays(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Iterator[tuple[torch.Tensor, Place, Setter]]:
+def _strays(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, counters: bool
+) -> Iterator[tuple[torch.Tensor, Place, Setter]]:
     """What belongs to a parameter and is elsewhere: the tensor, where it should be, and how to put it back."""
     here = _place(parameter)
     grad = parameter.grad
@@ -112,7 +120,7 @@ def _strays(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Iterat
     state = optimizer.state.get(parameter)
     for holder, key, value in _entries(state) if state else ():
         there = _place(value)
-        if there is not here and not (there is None and value.dim() == 0):
+        if there is not here and (counters or there is not None or value.dim()):
             yield value, here, lambda moved, holder=holder, key=key: holder.__setitem__(key, moved)  # type: ignore[misc]
 
 

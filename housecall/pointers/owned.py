@@ -28,6 +28,7 @@ class OwnedDataset(FederatedDataset):
     def __init__(self, location: Any, owned: Owned) -> None:
         slots = [Slot(location.session, spec(_whole(owned.count, column))) for column in owned.columns]
         location.session.tell(Load(owned.name, tuple(slot.id for slot in slots)))
+        location.session.guarded = True
         columns = [point(PointerTensor, slot) for slot in slots]
         _, structure = tree_flatten(tuple(columns) if len(columns) > 1 else columns[0])
         super().__init__([Part(location, columns, structure)])

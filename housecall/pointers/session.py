@@ -197,6 +197,7 @@ class Session:
     def __init__(self, transport: Transport, location: Any, *, synchronous: bool = False) -> None:
         self.transport = transport
         self.location = location
+        self.guarded = transport.remote  # whether the worker holds it to limits, or lends it an owner's data
         # Ids start at random, from the system's generator: two sessions' ids do not look alike, and reseeding
         # `random` cannot make them collide. Within the session they count, so none comes twice.
         self.ids = itertools.count(10**10 + secrets.randbelow(8 * 10**10))

@@ -61,6 +61,7 @@ class Tape(Session):
 
     def __init__(self) -> None:
         super().__init__(_Nowhere(), _Stage())
+        self.guarded = True  # its program may run anywhere
         Session.live.discard(self)  # nobody who waits need start it
 
     def stand_in(self, type_: TensorType) -> PointerTensor:

@@ -1,9 +1,9 @@
 """What operators may take that cannot be typed on meta tensors, or that take more than their types say.
 
-Three closed tables, by operator: `bound` gives the bytes of a call whose results depend on elements, or that has no
-meta kernel; `work` the steps of a loop that is longer than inputs and results together; `pieces` how many results a
-splitting operator gives. Each reads the call's own arguments, tensors among them, and never allocates more than they
-do. No torch here: tensors are asked what every tensor knows.
+Four closed tables, by operator: `bound` gives the bytes of a call whose results depend on elements, or that has no
+meta kernel; `scratch` the bytes of a work space that is larger than inputs and results together; `work` the steps of a
+loop that is longer; `pieces` how many results a splitting operator gives. Each reads the call's own arguments, tensors
+among them, and never allocates more than they do. No torch here: tensors are asked what every tensor knows.
 
 Numbers are Python's: they do not wrap around.
 """
@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["BOUNDED", "bound", "pieces", "reads_values", "work"]
+__all__ = ["BOUNDED", "bound", "pieces", "reads_values", "scratch", "work"]
 
 Args = dict[str, Any]
 Rule = Callable[[Args], int]
@@ -52,10 +52,6 @@ def _truth(args: Args) -> int:
     return _INDEX
 
 
-def _view(args: Args) -> int:
-    return 0
-
-
 def _compared(args: Args) -> int:
     first, second = args["self"], args["other"]
     return int(4 * _broadcast(first.shape, second.shape) * max(first.element_size(), second.element_size()))
@@ -80,11 +76,6 @@ def _unique(args: Args) -> int:
 
 def _bincount(args: Args) -> int:
     return int(max(_largest(args["self"]) + 1, args.get("minlength", 0)) * _INDEX)
-
-
-def _one_hot(args: Args) -> int:
-    classes = args.get("num_classes", -1)
-    return int(args["self"].numel()) * (classes if classes >= 0 else _largest(args["self"]) + 1) * _INDEX
 
 
 def _total(repeats: Any) -> int:
@@ -137,19 +128,6 @@ def _lstsq(args: Args) -> int:
     )
 
 
-def _ctc_loss(args: Args) -> int:
-    probabilities, targets = args["log_probs"], args["targets"]
-    longest = (targets.shape[-1] if targets.dim() else 1) if targets.dim() != 1 else targets.numel()
-    return int(probabilities.numel()) * int(probabilities.element_size()) * (2 * int(longest) + 2)
-
-
-def _combinations(args: Args) -> int:
-    count, drawn = int(args["self"].numel()), args.get("r", 2)
-    if drawn < 0 or drawn > 64:
-        return 1 << 62
-    return int(count**drawn * (1 + drawn * (int(args["self"].element_size()) + _INDEX)))
-
-
 def _like_inputs(args: Args) -> int:
     """As many elements as come in, and a work space of the same size."""
     return 2 * sum(_nbytes(tensor) for tensor in _tensors(list(args.values())))
@@ -178,11 +156,8 @@ def _bins_edges(args: Args) -> int:
 
 
 _NOT_LARGER = (
-    "_add_relu.Scalar", "_aminmax.default", "_aminmax.dim", "_ctc_loss_backward.Tensor", "_ctc_loss_backward.default",
-    "_logcumsumexp.default", "_masked_softmax.default", "_masked_softmax_backward.default", "_sample_dirichlet.default",
-    "fractional_max_pool3d_backward.default", "geqrf.default", "glu_backward_jvp.default", "glu_jvp.default",
-    "multi_margin_loss_backward.default", "multilabel_margin_loss_backward.default",
-    "native_norm.ScalarOpt_dim_dtype", "native_norm.default",
+    "fractional_max_pool3d_backward.default", "geqrf.default", "multi_margin_loss_backward.default",
+    "multilabel_margin_loss_backward.default", "native_norm.ScalarOpt_dim_dtype", "native_norm.default",
 )  # fmt: skip
 _BOUNDS: dict[str, Rule] = {
     **dict.fromkeys(_NOT_LARGER, _like_inputs),
@@ -192,34 +167,19 @@ _BOUNDS: dict[str, Rule] = {
     "_histogramdd_from_bin_tensors.default": _bins_grid,
     "histogram.bin_ct": _bins,
     "histogram.bins_tensor": _bins,
-    "is_set_to.default": _truth,
-    "_ctc_loss.Tensor": _ctc_loss,
-    "_ctc_loss.default": _ctc_loss,
-    "_local_scalar_dense.default": _truth,
     "_unique.default": _unique,
     "_unique2.default": _unique,
     "allclose.default": _compared,
-    "argwhere.default": _nonzero,
     "bincount.default": _bincount,
-    "combinations.default": _combinations,
-    "ctc_loss.IntList": _ctc_loss,
-    "ctc_loss.Tensor": _ctc_loss,
     "equal.default": _truth,
     "index.Tensor": _index,
-    "is_nonzero.default": _truth,
-    "item.default": _truth,
     "linalg_lstsq.default": _lstsq,
     "masked_select.default": _masked_select,
-    "narrow.Tensor": _view,
     "nonzero.default": _nonzero,
-    "nonzero_numpy.default": _nonzero,
-    "one_hot.default": _one_hot,
     "repeat_interleave.Tensor": _repeats,
     "repeat_interleave.self_Tensor": _repeat_interleave,
-    "tensor_split.tensor_indices_or_sections": _view,
     "unique_consecutive.default": _unique,
     "unique_dim.default": _unique,
-    "unique_dim_consecutive.default": _unique,
 }
 
 BOUNDED = frozenset(_BOUNDS)
@@ -247,32 +207,11 @@ def _split(args: Args) -> int:
     return int(-(-_along(args, args.get("dim", 0)) // max(1, args["split_size"])))
 
 
-def _chunk(args: Args) -> int:
-    return int(args["chunks"])
-
-
-def _sections(args: Args) -> int:
-    return int(args["sections"])
-
-
-def _sections_in_tensor(args: Args) -> int:
-    given = args["tensor_indices_or_sections"]
-    return int(given.item()) if given.dim() == 0 else int(given.numel()) + 1
-
-
 _PIECES: dict[str, Rule] = {
-    "chunk.default": _chunk,
-    "dsplit.int": _sections,
-    "hsplit.int": _sections,
     "split.Tensor": _split,
-    "split_copy.Tensor": _split,
-    "tensor_split.sections": _sections,
-    "tensor_split.tensor_indices_or_sections": _sections_in_tensor,
     "unbind.int": _unbind,
     "unbind_copy.int": _unbind,
-    "unsafe_chunk.default": _chunk,
     "unsafe_split.Tensor": _split,
-    "vsplit.int": _sections,
 }
 
 
@@ -335,16 +274,6 @@ def _trilinear(args: Args) -> int:
     return _broadcast(*shapes)
 
 
-def _steps(args: Args) -> int:
-    """A recurrent network is typed, and run, step by step: 10^8 operations for each are to be worth it."""
-    sequence = args["input"]
-    return 100_000_000 * max((int(n) for n in sequence.shape[:2]), default=1)
-
-
-def _packed_steps(args: Args) -> int:
-    return 100_000_000 * int(args["batch_sizes"].numel())
-
-
 _POLYNOMIALS = (
     "chebyshev_polynomial_t", "chebyshev_polynomial_u", "chebyshev_polynomial_v", "chebyshev_polynomial_w",
     "hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p",
@@ -353,39 +282,75 @@ _POLYNOMIALS = (
 )  # fmt: skip
 _FACTORISATIONS = (
     "_linalg_det", "_linalg_eigh", "_linalg_eigvals", "_linalg_slogdet", "_linalg_solve_ex", "_linalg_svd", "cholesky",
-    "cholesky_inverse", "cholesky_solve", "geqrf", "linalg_cholesky_ex", "linalg_eig", "linalg_eigh", "linalg_eigvals",
-    "linalg_eigvalsh", "linalg_householder_product", "linalg_inv_ex", "linalg_ldl_factor_ex", "linalg_ldl_solve",
-    "linalg_lstsq", "linalg_lu", "linalg_lu_factor_ex", "linalg_lu_solve", "linalg_matrix_exp", "linalg_pinv",
-    "linalg_qr", "linalg_solve_triangular", "linalg_svd", "logdet", "lu_unpack", "ormqr", "slogdet", "svd",
+    "cholesky_inverse", "cholesky_solve", "geqrf", "linalg_cholesky_ex", "linalg_eig", "linalg_householder_product",
+    "linalg_inv_ex", "linalg_ldl_factor_ex", "linalg_lstsq", "linalg_lu", "linalg_lu_factor_ex", "linalg_lu_solve",
+    "linalg_matrix_exp", "linalg_pinv", "linalg_qr", "linalg_solve_triangular", "lu_unpack", "ormqr",
     "triangular_solve",
 )  # fmt: skip
 _POOLS = (
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "avg_pool2d_backward", "avg_pool3d_backward", "fractional_max_pool2d",
-    "fractional_max_pool3d", "max_pool1d", "max_pool1d_with_indices", "max_pool2d", "max_pool2d_with_indices",
-    "max_pool3d", "max_pool3d_with_indices",
+    "avg_pool2d", "avg_pool2d_backward", "avg_pool3d", "avg_pool3d_backward", "fractional_max_pool2d",
+    "fractional_max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
 )  # fmt: skip
 _WORK: dict[str, Rule] = {
     **{f"special_{name}": _degree for name in _POLYNOMIALS},
     **dict.fromkeys(_FACTORISATIONS, _cubic),
     **dict.fromkeys(_POOLS, _windows),
-    **dict.fromkeys(("gru", "lstm", "rnn_relu", "rnn_tanh", "mkldnn_rnn_layer"), _steps),
     "_cdist_forward": _pairs,
-    "cdist": _pairs,
     "_pdist_forward": _pairs_within,
-    "pdist": _pairs_within,
     "_trilinear": _trilinear,
     "mvlgamma": _order,
     "mvlgamma_": _order,
-    "special_multigammaln": _order,
 }
+
+
+# -- bytes on the way -------------------------------------------------------------------------------------
+
+_LOWERED = frozenset(("torch.float32", "torch.bfloat16", "torch.float16"))  # oneDNN convolves these in small pieces
+
+
+def _columns(args: Args) -> int:
+    """A convolution by one large matrix product: each window of the batch, laid out as a column."""
+    weight, given = args["weight"], args["input"]
+    if str(given.dtype) in _LOWERED:
+        return 0
+    kernel = weight.shape[2:]
+    places = list(given.shape[2:])
+    if not args["transposed"]:
+        rows = zip(places, kernel, args["stride"], args["padding"], args["dilation"], strict=False)
+        places = [(n + 2 * pad - gap * (k - 1) - 1) // max(step, 1) + 1 for n, k, step, pad, gap in rows]
+    each = math.prod(kernel) * math.prod(max(n, 0) for n in places)
+    return int(given.shape[0] * weight.shape[1] * max(args["groups"], 1) * each * given.element_size())
+
+
+def _by_thread(args: Args) -> int:
+    """Each thread counts for itself."""
+    return int(_THREADS * max(args.get("bins", 100), 0) * args["self"].element_size())
+
+
+def _by_order(args: Args) -> int:
+    """Each element in as many places as `p` says, and its logarithm."""
+    return int(2 * _order(args) * args["self"].element_size())
+
+
+_SCRATCH: dict[str, Rule] = {
+    "convolution": _columns,
+    "convolution_backward": _columns,
+    "histc": _by_thread,
+    "mvlgamma": _by_order,
+    "mvlgamma_": _by_order,
+}
+
+
+def scratch(name: str, args: Args) -> int:
+    """At most so many bytes does a call take and let go again, of an operator whose work space is larger than its
+    inputs and results; 0 for the rest."""
+    rule = _SCRATCH.get(name.partition(".")[0])
+    return 0 if rule is None else max(0, int(rule(args)))
 
 
 def work(name: str, args: Args) -> int:
     """So many operations does a call do at most that goes through its inputs more than a few times; 0 for the rest."""
-    base, _, overload = name.partition(".")
-    if overload == "data" and base in ("gru", "lstm", "rnn_relu", "rnn_tanh"):
-        return _packed_steps(args)
-    rule = _WORK.get(base)
+    rule = _WORK.get(name.partition(".")[0])
     return 0 if rule is None else max(0, int(rule(args)))
 
 

@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import LimitError, ProgramError
-from .bounds import BOUNDED, bound, pieces, reads_values, work
+from .bounds import BOUNDED, bound, pieces, reads_values, scratch, work
 from .call import Call
-from .check import complete_arguments
 from .ops import Return, operator
 from .outcome import Spec, expected, spec, stand_in
-from .run import computing, overload, value_of
+from .run import arguments_of, computing, overload
+from .trust import FORWARDS, check_given_back, check_types
 from .typing import meta, type_of
 
 __all__ = ["MOST_DIMS", "WRAPS", "Forecast", "forecast", "result_types", "shown_by_shape"]
@@ -55,8 +55,11 @@ def forecast(call: Call, values: Mapping[int, Any], nbytes: float, flops: float)
     a long loop is long on meta tensors too, and so is a look at very many elements. Raises `ProgramError` for a call
     that breaks a rule, `LimitError` for one that cannot be sized, and whatever torch raises if the call is wrong."""
     rule = _rule(call.op)
-    args = {param.name: value_of(arg, values) for param, arg in complete_arguments(rule.operator, call)}
+    args = arguments_of(call, values)
     _check(rule, call, args)
+    check_types(call.op, args)
+    if rule.forward:
+        check_given_back(call.op, _made_by(_rule(rule.forward), args), args)
     through = max([spec(type_of(tensor)).volume for tensor in _tensors(args)], default=0)
     bounded = rule.name in BOUNDED and not _at_positions(args)
     if through > nbytes and (bounded or reads_values(call.op)):
@@ -84,14 +87,14 @@ def shown_by_shape(call: Call, values: Mapping[int, Any]) -> bool:
     rule = _rule(call.op)
     if not (rule.operator.dynamic or reads_values(call.op) or rule.name in BOUNDED):
         return False
-    args = {param.name: value_of(arg, values) for param, arg in complete_arguments(rule.operator, call)}
+    args = arguments_of(call, values)
     return not _at_positions(args)
 
 
 def result_types(call: Call, values: Mapping[int, Any]) -> list[Spec | None]:
     """The types of a call's fresh results, in the order of its `outs`, from those of its inputs; `None` for a hole."""
     rule = _rule(call.op)
-    args = {param.name: value_of(arg, values) for param, arg in complete_arguments(rule.operator, call)}
+    args = arguments_of(call, values)
     stands = {name: _as_meta(value, rule.operator.writes) for name, value in args.items()}
     if rule.makes:
         stands["device"] = torch.device("meta")
@@ -106,7 +109,7 @@ def result_types(call: Call, values: Mapping[int, Any]) -> list[Spec | None]:
 class _Rule:
     """What a forecast needs of one operator, looked up once."""
 
-    __slots__ = ("function", "in_place", "makes", "name", "operator", "positional")
+    __slots__ = ("forward", "function", "in_place", "makes", "name", "operator", "positional")
 
     def __init__(self, name: str) -> None:
         self.operator = operator(name)
@@ -115,6 +118,7 @@ class _Rule:
         self.positional = [param.name for param in self.operator.params if not param.keyword]
         self.in_place = self.operator.in_place
         self.makes = any(param.kind == "Device" for param in self.operator.params)
+        self.forward = FORWARDS.get(name.partition(".")[0], ("",))[0]
 
 
 @functools.cache
@@ -190,7 +194,8 @@ def _typed(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forec
     outcome = expected(rule.operator, result)
     widest = max([spec(type_of(tensor)).volume for tensor in _tensors(result)], default=0)
     reads = fresh or rule.operator.writes or not outcome.results  # else every result is a view
-    most = max(fresh, tally.largest, widest if widest >= WRAPS else 0, through if reads else 0)
+    on_the_way = max(tally.largest, scratch(rule.name, args))
+    most = max(fresh, on_the_way, widest if widest >= WRAPS else 0, through if reads else 0)
     return Forecast(fresh, most, max(steps, tally.flops), outcome.single, lasting=not reads_values(rule.name))
 
 
@@ -214,6 +219,17 @@ def _as_meta(value: Any, fresh: bool) -> Any:
     if isinstance(value, list):
         return [_as_meta(item, fresh) for item in value]
     return value
+
+
+def _made_by(forward: _Rule, args: dict[str, Any]) -> list[torch.Tensor]:
+    """What an operator makes of those of `args` that it takes, on meta tensors. What is missing shapes nothing."""
+    stands: dict[str, Any] = {}
+    for param in forward.operator.params:
+        if param.name in args:
+            stands[param.name] = _as_meta(args[param.name], False)
+        elif param.required:
+            stands[param.name] = None if param.optional else 1.0
+    return list(_tensors([_run(forward, stands)[0]]))
 
 
 class _Tally(TorchDispatchMode):

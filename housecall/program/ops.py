@@ -101,17 +101,9 @@ def _named(text: str) -> str:
     return text if "." in text else f"{text}.default"
 
 
-# Operators that write to these two though their schemas do not say so, with the flag that makes them do it.
+# Operators that write to these two though their schemas do not say so, and the flag that makes them do it.
 _STATISTICS = frozenset(("running_mean", "running_var"))
-_UNSAID = {
-    "_batch_norm_impl_index": "training",
-    "batch_norm": "training",
-    "batch_norm_gather_stats": "",
-    "batch_norm_gather_stats_with_counts": "",
-    "batch_norm_update_stats": "",
-    "instance_norm": "use_input_stats",
-    "native_batch_norm": "training",
-}
+_UNSAID = {"native_batch_norm": "training"}
 
 
 def _unsaid(name: str, param: Param) -> Param:

@@ -19,11 +19,21 @@ import torch
 from ..errors import ProgramError
 from ..types import Ref, TensorType
 from .call import HOLE, Arg, Call, Complex, Items, Program, Symbol, refs, with_numbers
-from .check import check
+from .check import check, complete_arguments
 from .ops import Return, operator
 from .typing import meta, symbol, type_of
 
-__all__ = ["Randomness", "computing", "execute", "last_uses", "overload", "run", "type_program", "value_of"]
+__all__ = [
+    "Randomness",
+    "arguments_of",
+    "computing",
+    "execute",
+    "last_uses",
+    "overload",
+    "run",
+    "type_program",
+    "value_of",
+]
 
 Values = MutableMapping[int, Any]
 
@@ -171,6 +181,11 @@ def value_of(arg: Arg, values: Mapping[int, Any]) -> Any:
     if kind is Symbol:
         return symbol(arg.kind, arg.name)  # type: ignore[union-attr]  # as above
     return arg
+
+
+def arguments_of(call: Call, values: Mapping[int, Any]) -> dict[str, Any]:
+    """A call's arguments by name. Raises `ProgramError` if some are missing, and bindings that are exceptions."""
+    return {param.name: value_of(arg, values) for param, arg in complete_arguments(operator(call.op), call)}
 
 
 def _check_value(value: Any) -> None:

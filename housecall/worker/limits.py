@@ -33,12 +33,12 @@ from ..program.check import arguments
 from ..program.forecast import WRAPS, Forecast, forecast
 from ..program.ops import Operator, operator
 from ..program.outcome import by_kind, spec
-from ..program.run import Randomness, execute, value_of
+from ..program.run import Randomness, arguments_of, execute, value_of
+from ..program.trust import check_values, trusts_values
 from ..program.typing import type_of
 from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Found, Put, Tag
 from .history import History
-from .indices import check_indices, trusts_indices
 from .private import check_private, run_private
 from .store import Halt, Store
 
@@ -124,7 +124,7 @@ class Meter:
             run_private(call, label, failed, store, self._randomness, self.history)
             return coming, label
         if _rule(call.op).trusts:
-            check_indices(call, store)
+            check_values(call.op, arguments_of(call, store))
         execute(call, store, self._randomness)
         if coming.single is not None:
             self._count(outs[0], coming)
@@ -318,7 +318,7 @@ class _Rule:
     def __init__(self, name: str) -> None:
         self.operator: Operator = operator(name)
         self.writes = self.operator.writes
-        self.trusts = trusts_indices(name)
+        self.trusts = trusts_values(name)
         self.by_name = by_kind(self.operator)
         self.kinds = tuple(self.by_name[param.name] for param in self.operator.params if not param.keyword)
 

@@ -23,9 +23,9 @@ from ..program.call import HOLE, Arg, Call, Items, Program, refs
 from ..program.flow import written
 from ..program.ops import Operator, operator
 from ..program.run import Randomness, last_uses, overload, value_of
+from ..program.trust import check_values, from_forward, trusts_values
 from ..program.typing import DTYPES
 from ..types import Ref
-from .indices import check_arguments, from_forward, trusts_indices
 from .reuse import in_place, taken_over, writes_are_its_own
 from .store import Halt
 
@@ -72,7 +72,7 @@ class Plan:
         return registers
 
     def run(self, registers: list[Any], report: Report, every: int = 1, *, looks: bool = False) -> Iterator[None]:
-        """Take the steps, `every` so many at a time; see NOTE [What fails]. `looks`: at indices that a kernel would
+        """Take the steps, `every` so many at a time; see NOTE [What fails]. `looks`: at elements that a kernel would
         trust."""
         for number, function, arguments_of, out, dead in self._looking if looks else self._steps:
             try:
@@ -96,12 +96,12 @@ class Plan:
 
     @functools.cached_property
     def _looking(self) -> tuple[_Step, ...]:
-        """The steps, but those that follow indices look at them first."""
+        """The steps, but those that trust elements look at them first."""
         known = from_forward(self.calls)
         found = []
         for number, function, arguments_of, out, dead in self._steps:
             op = self.calls[number].op
-            looks = function is not _listed and trusts_indices(op) and number not in known
+            looks = function is not _listed and trusts_values(op) and number not in known
             first = _looking(function, op, *self._names[number]) if looks else function
             found.append((number, first, arguments_of, out, dead))
         return tuple(found)
@@ -112,10 +112,10 @@ class Plan:
 
 
 def _looking(function: Callable[..., Any], op: str, names: list[str], fixed: dict[str, Any]) -> Callable[..., Any]:
-    """A step's function that looks at indices first; `names` are those of its arguments."""
+    """A step's function that looks at elements first; `names` are those of its arguments."""
 
     def looks(*args: Any) -> Any:
-        check_arguments(op, {**fixed, **dict(zip(names, args, strict=True))})
+        check_values(op, {**fixed, **dict(zip(names, args, strict=True))})
         return function(*args)
 
     return looks

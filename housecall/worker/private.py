@@ -20,10 +20,10 @@ from ..program.call import HOLE, Call, refs
 from ..program.forecast import result_types, shown_by_shape
 from ..program.ops import operator
 from ..program.outcome import Spec
-from ..program.run import Randomness, execute
+from ..program.run import Randomness, arguments_of, execute
+from ..program.trust import check_values, trusts_values
 from ..types import Label
 from .history import History
-from .indices import check_indices, trusts_indices
 from .store import Store, writes
 
 __all__ = ["FAILED", "check_private", "note_failure", "run_private", "zeros"]
@@ -49,8 +49,8 @@ def run_private(call: Call, label: Label, failed: bool, store: Store, randomness
     if operator(call.op).random:  # how much it drew may depend on elements
         store.drawn = store.drawn | label
     try:
-        if trusts_indices(call.op):
-            check_indices(call, store)
+        if trusts_values(call.op):
+            check_values(call.op, arguments_of(call, store))
         execute(call, store, randomness)
     except Exception as error:  # whatever it is, it stays here
         note_failure(call, label, error)

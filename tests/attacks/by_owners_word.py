@@ -461,8 +461,8 @@ def attack_fills_the_memory(world: World) -> Any:
         call("expand.default", X, Items((20_000, 6, 4))),
         call("add.Tensor", Ref(10), 1.0, outs=(11,)),
         call("repeat.default", X, Items((20_000, 1)), outs=(12,)),
-        call("one_hot.default", Ref(2), 1_000_000, outs=(13,)),
-        call("cdist.default", Ref(10), Ref(10), outs=(14,)),
+        call("zeros.default", Items((6, 1_000_000)), outs=(13,)),
+        call("_cdist_forward.default", Ref(10), Ref(10), 2.0, None, outs=(14,)),
     )
     door.handle(Frame(2, calls))
     made = [ref for ref in (11, 12, 13, 14) if ref in door.store.tensors()]
