@@ -110,7 +110,7 @@ class Metered:
                 return report(number, call, error)
             failed.append(number)
             note_failure(call, label, error)
-            return [None if out == HOLE else zeros(known.specs[out]) for out in call.outs]
+            return [None if out == HOLE else zeros(known.specs[out]) for out in call.outs] or None
 
         registers = plan.registers(self._values, message.numbers)
         yield from plan.run(registers, told, every, looks=True)
