@@ -94,8 +94,10 @@ class Metered:
                 return None
             cells.append(cell)
             key += (store.specs[ref].start, cell.label)
-        if self._plan.updates and len(set(cells)) < len(cells):  # a write to one is a write to another
-            return None
+        if len(set(cells)) < len(cells):
+            if self._plan.updates:  # a write to one is a write to another
+                return None
+            key += [cells.index(cell) for cell in cells]
         return tuple(key)
 
     # -- as once before -----------------------------------------------------------------------------------
