@@ -373,14 +373,17 @@ class WorkerSession:
     def _report(self, frame: int, index: int, failures: _Failures, number: int, call: Call, error: Exception) -> Failed:
         """The same for one call of a program that runs; what stands in the place of its results."""
         failed = _failed(Failure(frame, index, call.op, "", not call.outs, number), error)
-        self._halt(failed)
-        if not isinstance(error, Failed) or failed.failure.writes:  # else it is a consequence, and nothing more
+        halts = self._halt(failed)
+        if halts or not isinstance(error, Failed) or failed.failure.writes:  # else a consequence, and nothing more
             failures.tell(failed.failure, index, number)
         return failed
 
-    def _halt(self, failed: Failed) -> None:
-        if self.halt.cause is None:
-            self.halt.cause = failed
+    def _halt(self, failed: Failed) -> bool:
+        """After a failure: whether this one is the cause, of which the caller is to hear."""
+        if self.halt.cause is not None:
+            return False
+        self.halt.cause = failed
+        return True
 
 
 class _Failures:
