@@ -99,8 +99,7 @@ class Meter:
         """Run a call, or refuse it: `LimitError` for what it takes, `ProgramError` for what it says. Returns what was
         known of it beforehand, and the label of what it read."""
         store, outs = self._store, call.outs
-        if self._halt.cause is not None:
-            self._halt.check(call)
+        self.check_halted(call)
         label, failed = store.read_by(call) if store.private else (PUBLIC, False)
         if label:
             check_private(call, label, store)
@@ -133,6 +132,11 @@ class Meter:
                 if out in store:  # else a hole
                     store.count(out, store[out])
         return coming, label
+
+    def check_halted(self, call: Call) -> None:
+        """Refuse a call that would change something in place after a failure of which the caller has not heard."""
+        if self._halt.cause is not None:
+            self._halt.check(call)
 
     def allows(self, most: int, flops: int, fresh: int, slots: int, seconds: float) -> bool:
         """Whether a run that takes so much at most, and so much more than is held, is within the limits."""

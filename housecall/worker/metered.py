@@ -181,7 +181,9 @@ class _CallByCall:
                 placed = self._placed(call)
                 held, slots = store.held, len(store)
                 try:
-                    self._check_read(call)
+                    if self._failed:
+                        self._meter.check_halted(placed)
+                        self._check_read(call)
                     tally.add(*meter.call(placed), held, slots + len(call.outs))
                     tally.saw(call.outs, self._slots)
                     self._check_made(call)
@@ -216,7 +218,7 @@ class _CallByCall:
 
     def _check_read(self, call: Call) -> None:
         """Raise why an argument has no value."""
-        for arg in (*call.args, *call.kwargs.values()) if self._failed else ():
+        for arg in (*call.args, *call.kwargs.values()):
             for ref in refs(arg):
                 if ref in self._failed:
                     raise self._failed[ref]

@@ -27,7 +27,7 @@ from ..program.trust import check_values, from_forward, trusts_values
 from ..program.typing import DTYPES
 from ..types import Ref
 from .reuse import in_place, taken_over, writes_are_its_own
-from .store import Halt
+from .store import Failed, Halt
 
 __all__ = ["NONE", "Plan", "Report"]
 
@@ -86,7 +86,9 @@ class Plan:
                             failed = report(number, self.calls[number], ProgramError(NONE))
                             registers[register] = failed[at] if isinstance(failed, list) else failed
             except Exception as error:  # whatever it is, it is an answer
-                failed = report(number, self.calls[number], _failed(arguments_of(registers)) or error)
+                if not isinstance(error, Failed):  # else nothing is written, and `error` is the cause of that
+                    error = _failed(arguments_of(registers)) or error
+                failed = report(number, self.calls[number], error)
                 for at, register in ((0, out),) if isinstance(out, int) else out:
                     registers[register] = failed[at] if isinstance(failed, list) else failed
             for register in dead:
