@@ -415,6 +415,8 @@ def test_idx_files_end_where_their_header_says(tmp_path: Path) -> None:
         ("a\n1_000\n", "holds text"),
         ("a\n1.0.0\n", "holds text"),
         ("a\n٣\n", "holds text"),
+        ("a\n12\n007\n", "column 'a' holds '007' in row 3, whose leading zeros a number does not keep: .*--label 'a'"),
+        ("a\n00.5\n", "leading zeros"),
         ("a,b\n1,2\n,3\n?,4\n", "column 'a' misses a value in rows 3, 4"),
         ("a,b\n" + "NA,1\n" * 9, "misses a value in rows 2, 3, 4, 5, 6 and 4 more"),
         ("a\nnan\n", "misses a value in row 2"),
@@ -442,6 +444,15 @@ def test_what_a_csv_may_say(tmp_path: Path) -> None:
     assert records.columns["bmi"].tolist() == [1000.0, -0.5, math.inf]
     assert records.columns["sex"].tolist() == [0, 1, 0]
     assert records.classes == {"sex": ("f", "m")}
+
+
+def test_codes_keep_their_leading_zeros_as_labels(tmp_path: Path) -> None:
+    path = text(tmp_path / "a.csv", "postcode,zero,small\n01067,0,0.5\n1067,-0,0e05\n01067,+07,0.\n")
+    records = read([path], Request(labels=("postcode",)))
+    assert records.classes == {"postcode": ("01067", "1067")}
+    assert records.columns["postcode"].tolist() == [0, 1, 0]
+    assert records.columns["zero"].tolist() == [0, 0, 7]
+    assert records.columns["small"].tolist() == [0.5, 0.0, 0.0]
 
 
 def test_missing_values_become_nan_only_if_asked(tmp_path: Path) -> None:

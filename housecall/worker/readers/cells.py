@@ -22,6 +22,7 @@ __all__ = ["Cells", "LabelCells", "NumberCells", "is_number", "missing_error"]
 MISSING = {"", "?", "na", "n/a", "nan", "null", "none"}
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
+_CODE = re.compile(r"0[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")  # 007: a number would lose the zeros; no code has a sign
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?inf(inity)?", re.IGNORECASE)
 _EXACT = 2**53  # beyond it float64 does not hold every integer
 _SHOWN = 5
@@ -67,7 +68,14 @@ class NumberCells:
         self.missing_rows: list[int] = []
 
     def add(self, text: str, row: int) -> None:
-        """Take one cell. DataError for text, and for an integer that int64 does not hold."""
+        """Take one cell. DataError for text, for digits that are a code rather than a number, and for an integer that
+        int64 does not hold."""
+        if _CODE.fullmatch(text):
+            raise DataError(
+                f"{self.place} holds '{text[:40]}' in row {row}, whose leading zeros a number does not keep: a code "
+                f"(a postcode, an id) is numbered with --label '{self.name}', or left out with --columns; if they are "
+                "numbers, write them without the zeros"
+            )
         if _INTEGER.fullmatch(text):
             self._add_integer(int(text), row)
         elif _FLOAT.fullmatch(text):
