@@ -17,7 +17,7 @@ import torch
 
 from housecall.program.call import Arg, Call, Complex, Input, Items, Program, Symbol
 from housecall.transport import grpc, stream
-from housecall.transport.parcel import INLINE, MAX_BLOB_BYTES, packed
+from housecall.transport.parcel import INLINE, INLINE_TOGETHER, MAX_BLOB_BYTES, packed
 from housecall.types import Ref, TensorType
 from housecall.wire import codec, packets
 from housecall.wire.messages import (
@@ -225,7 +225,7 @@ def limits() -> str:
         ("tensors as blobs, of one reply together", bytes_text(MAX_BLOB_BYTES), "the same, at the client"),
         (
             "elements within the head",
-            f"{bytes_text(INLINE)} a tensor",
+            f"{bytes_text(INLINE)} a tensor, {bytes_text(INLINE_TOGETHER)} together",
             "the sender; a reader takes what the head holds",
         ),
         ("dimensions of a tensor", f"{codec.MAX_DIMS}", "the codec"),

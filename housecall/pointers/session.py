@@ -39,13 +39,15 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import msgspec
 import torch
 
-from ..errors import HousecallError, OperatorError, PolicyError, ProtocolError, UsageError, WorkerGone
+from ..errors import CodecError, HousecallError, OperatorError, PolicyError, ProtocolError, UsageError, WorkerGone
 from ..program.call import Call, Program, call_text, printed_names
 from ..program.outcome import Spec, spec
 from ..program.typing import type_of
 from ..transport.arrays import share
+from ..transport.parcel import HeadTooLong
 from ..transport.whole import whole
 from ..types import Ref, TensorType, Transport
+from ..wire.codec import MAX_HEAD_BYTES
 from ..wire.messages import (
     Define,
     Describe,
@@ -72,6 +74,7 @@ __all__ = ["Cut", "Session", "Site", "Slot", "caller", "caller_again", "is_calle
 
 Answer = TypeVar("Answer", Types, Value)
 LARGE_BYTES = 1 << 28  # of tensors in one frame; a larger one travels alone
+FRAME_BYTES = 1 << 10  # that a frame adds to the one message it has
 CUT_BYTES = 1 << 18  # of a value that travels while the worker does what was issued before its first use
 
 
@@ -357,8 +360,14 @@ class Session:
             self.outbox.append((run, Ran(program, caller())))
 
     def _define(self, program: Program, digest: str) -> None:
-        """Queue a program, if the worker has not got it."""
+        """Queue a program, if the worker has not got it. Raises `UsageError` for one that would not travel."""
         if digest not in self._programs:
+            nbytes = len(program.encoded()) if self.transport.remote else 0
+            if nbytes > MAX_HEAD_BYTES - FRAME_BYTES:
+                raise UsageError(
+                    f"a program of {len(program.calls):,} calls has {nbytes:,} bytes; at most "
+                    f"{MAX_HEAD_BYTES - FRAME_BYTES:,} travel to worker '{self.location.id}': divide it"
+                )
             self._programs.add(digest)
             self.outbox.append((Define(program), None))
 
@@ -450,12 +459,29 @@ class Session:
 
     def _send(self, queued: list[Issued], nbytes: int) -> None:
         self.bytes_sent += nbytes
+        self._send_cut(queued)
+
+    def _send_cut(self, queued: list[Issued]) -> None:
+        """Send messages as one frame, or as two if together they say more than a frame can."""
         self.frames += 1
         self._sites[self.frames] = [site for _, site in queued]
         try:
             self.transport.send(Frame(self.frames, tuple([message for message, _ in queued])))
+            return
         except WorkerGone as error:
             raise self._gone(error) from None
+        except CodecError as error:  # nothing was sent
+            del self._sites[self.frames]
+            self.frames -= 1
+            if not isinstance(error, HeadTooLong):
+                raise
+            if len(queued) == 1:
+                raise _too_long(*queued[0], error) from None
+        middle = len(queued) // 2
+        try:
+            self._send_cut(queued[:middle])
+        finally:  # a message that cannot be sent takes no other with it
+            self._send_cut(queued[middle:])
 
     @property
     def busy(self) -> bool:
@@ -670,6 +696,13 @@ def _call_of(program: Program, number: int | None) -> str:
         return ""
     text = call_text(program.calls[number], printed_names(program))
     return f"call {number}, `{text}`; what does not depend on it was done: "
+
+
+def _too_long(message: Message, site: Any, error: HeadTooLong) -> UsageError:
+    """The error for a message that is too long for a frame of its own."""
+    what = message.op if isinstance(message, Call) else type(message).__name__.lower()
+    issued = f"\n  issued at {site}" if isinstance(site, Site) else ""
+    return UsageError(f"{what} was not sent: {error}. Name fewer tensors at once{issued}")
 
 
 def _nbytes(entry: Issued) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
@@ -23,10 +23,10 @@ import torch
 from ..errors import WorkerGone
 from ..types import Door
 from ..wire.messages import Frame, Reply
-from .parcel import Assembler, packed
+from .parcel import Assembler, Parcel, packed, packed_reply
 from .whole import whole
 
-__all__ = ["BACKLOG", "MemoryTransport", "through_codec"]
+__all__ = ["BACKLOG", "MemoryTransport"]
 
 BACKLOG = 8
 
@@ -46,7 +46,7 @@ class MemoryTransport:
     def __init__(self, door: Door, *, name: str = "worker", codec: bool = False) -> None:
         self._door = door
         self._name = name
-        self._handle: Callable[[Frame], Reply] = through_codec(door.handle) if codec else door.handle
+        self._codec = codec
         self._frames: deque[Frame] = deque()
         self._replies: deque[Reply] = deque()
         self._turn = threading.Lock()  # held by whoever runs a frame: frames run one by one, in order
@@ -58,6 +58,8 @@ class MemoryTransport:
         """Queue a frame; beyond `BACKLOG` of them, run the oldest here and now."""
         if self._closed:
             raise WorkerGone(f"worker '{self._name}' is closed; its values are gone. Make a new worker and send anew")
+        if self._codec:
+            frame = _arrived(packed(frame), Frame)
         self._owed += 1
         self._frames.append(frame)
         if len(self._frames) > BACKLOG:
@@ -100,7 +102,8 @@ class MemoryTransport:
             except IndexError:
                 return False
             with whole():
-                self._replies.append(self._handle(frame))
+                reply = self._door.handle(frame)
+                self._replies.append(_arrived(packed_reply(reply), Reply) if self._codec else reply)
             return True
 
     def _run_all(self, full: int) -> None:
@@ -125,18 +128,10 @@ def _sharing(full: int) -> Iterator[None]:
         torch.set_num_threads(full)
 
 
-def through_codec(handle: Callable[[Frame], Reply]) -> Callable[[Frame], Reply]:
-    """The same door, reached through packets."""
-
-    def handle_packets(frame: Frame) -> Reply:
-        return _travelled(handle(_travelled(frame)))
-
-    return handle_packets
-
-
-def _travelled(body: Body) -> Body:
-    assembler = Assembler(type(body))
-    for packet in packed(body).packets(acknowledged=0):
+def _arrived(parcel: Parcel, kind: type[Body]) -> Body:
+    """What a parcel brings, after it went through packets."""
+    assembler = Assembler(kind)
+    for packet in parcel.packets(acknowledged=0):
         arrived = assembler.feed(packet)
     assert arrived is not None
     return arrived[1]

@@ -4,23 +4,32 @@ together again. Both halves of each are here, and none of it knows a network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
+import msgspec
 import torch
 
 from ..errors import CodecError
-from ..wire.codec import blob_sizes, decode, encode, with_arrays
-from ..wire.messages import Array, Blob, Frame, Reply
+from ..wire.codec import MAX_HEAD_BYTES, blob_sizes, decode, encode, with_arrays
+from ..wire.messages import Array, Blob, Failure, Frame, Reply
 from ..wire.packets import CONTROL, MORE, Begin, packets, read_begin
 from .arrays import pack, unpack
 
-__all__ = ["Assembler", "Parcel", "is_control", "packed"]
+__all__ = ["HEAD_COST", "Assembler", "HeadTooLong", "Parcel", "is_control", "packed", "packed_reply"]
 
 INLINE = 4096  # elements of at most so many bytes travel within the head
+INLINE_TOGETHER = 1 << 20  # and of one head together; what is more follows it
+# What is left of a reply that was too long: failures, characters of each text in them, and writes not done.
+FAILURES, BRIEF, UNDONE = 2_000, 200, 10_000
+HEAD_COST = 40  # bytes of memory that one of a head can become: 1 byte of MessagePack is a float in a tuple
 MAX_BLOB_BYTES = 1 << 33  # of the tensors of one frame or reply together, unless a smaller limit is given
 
 Body = TypeVar("Body", Frame, Reply)
+
+
+class HeadTooLong(CodecError):
+    """A frame or reply that says more than one can, beside the elements of its tensors: it has to be cut in two."""
 
 
 class Parcel:
@@ -40,28 +49,67 @@ class Parcel:
 
 
 def packed(body: Body) -> Parcel:
-    """The parcel of a frame or reply that holds tensors. Raises `CodecError` for a tensor that does not travel."""
+    """The parcel of a frame or reply that holds tensors. Raises `CodecError` for a tensor that does not travel, and
+    `HeadTooLong`."""
     blobs: list[memoryview] = []
+    inline = 0
 
     def put(array: Array) -> Array:
+        nonlocal inline
         flat = pack(array)
-        if len(flat.data) <= INLINE:
+        size = len(flat.data)
+        if not size or (size <= INLINE and inline + size <= INLINE_TOGETHER):
+            inline += size
             return flat
         blobs.append(flat.data)
-        return Array(flat.type, Blob(len(flat.data)))
+        return Array(flat.type, Blob(size))
 
-    return Parcel(body.number, encode(with_arrays(body, put)), blobs)
+    head = encode(with_arrays(body, put))
+    if len(head) > MAX_HEAD_BYTES:
+        raise HeadTooLong(
+            f"a {type(body).__name__} of {len(head):,} bytes beside the elements of its tensors; at most "
+            f"{MAX_HEAD_BYTES:,} travel"
+        )
+    return Parcel(body.number, head, blobs)
+
+
+def packed_reply(reply: Reply) -> Parcel:
+    """The parcel of a reply, whatever is in it: what does not travel is said in its place, so that the session goes
+    on."""
+    try:
+        return packed(reply)
+    except Exception as error:  # a dtype that does not travel, no memory for a copy, more answers than a head holds
+        why = Failure(0, 0, "fetch", str(error), writes=True)
+    told = (*map(_brief, reply.failures[:FAILURES]), why)
+    return packed(Reply(reply.number, (), told, reply.undone[:UNDONE]))
+
+
+def _brief(failure: Failure) -> Failure:
+    return msgspec.structs.replace(failure, operator=failure.operator[:BRIEF], reason=failure.reason[:BRIEF])
+
+
+def _unasked(nbytes: int) -> None:
+    """Whoever trusts the sender has room for all that the limits allow."""
 
 
 class Assembler(Generic[Body]):
     """Puts packets together; says for each whether that made a whole. One for each stream and direction.
 
     Raises `CodecError` for packets that no honest peer would send. Memory is taken only for blobs whose sizes
-    agree with their types and, together, with `limit` bytes."""
+    agree with their types and, together, with `limit` bytes. Before it is taken, `head_room` and `blob_room` are told
+    how much that will be; they may wait, or raise."""
 
-    def __init__(self, kind: type[Body], limit: int = MAX_BLOB_BYTES) -> None:
+    def __init__(
+        self,
+        kind: type[Body],
+        limit: int = MAX_BLOB_BYTES,
+        *,
+        head_room: Callable[[int], None] = _unasked,
+        blob_room: Callable[[int], None] = _unasked,
+    ) -> None:
         self._kind: type[Body] = kind
         self._limit = limit
+        self._head_room, self._blob_room = head_room, blob_room
         self.nbytes = 0  # of the whole that came last
         self._begun: Begin | None = None
         self._head = bytearray()
@@ -76,6 +124,7 @@ class Assembler(Generic[Body]):
         if self._begun is None:
             self._begun = read_begin(packet)
             payload = self._begun.payload
+            self._head_room(HEAD_COST * self._begun.head_bytes)
         elif not packet or packet[0] != MORE:
             raise CodecError(f"message {self._begun.number} was cut off by another")
         payload = self._take_head(self._begun, payload)
@@ -102,6 +151,8 @@ class Assembler(Generic[Body]):
             raise CodecError("a blob of no bytes: such elements travel within the message")
         if sum(sizes) > self._limit:
             raise CodecError(f"tensors of {sum(sizes):,} bytes in one message; at most {self._limit:,} are allowed")
+        if sizes:
+            self._blob_room(sum(sizes))
         try:
             return [torch.empty(size, dtype=torch.uint8) for size in sizes]
         except RuntimeError:

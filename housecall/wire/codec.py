@@ -30,7 +30,8 @@ __all__ = [
     "with_arrays",
 ]
 
-MAX_HEAD_BYTES = 64 << 20  # of a frame without its blobs: some 500,000 calls
+# Of a frame without its blobs: some 80,000 calls. More would hold up every other session while it is decoded.
+MAX_HEAD_BYTES = 4 << 20
 MAX_DIMS = 64  # torch's own limit
 _QUOTED = 300  # characters of a peer's text that an error repeats: errors are logged, and sent back
 
