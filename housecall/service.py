@@ -32,6 +32,7 @@ from .errors import HousecallError, IdentityError
 from .identity.certificate import FILE, Principal, principal, server_credentials, utc_now
 from .identity.enrolment import authority_url
 from .identity.keeper import Keeper
+from .identity.names import target
 from .identity.revocation import Revocations
 from .sandbox.environment import begin_again
 from .sandbox.process import Needs, enter
@@ -104,15 +105,15 @@ class Service:
             if not is_loopback(where.host):
                 log.warning("serving %s in plain text: whoever reaches it sees and may do everything", where)
             return Listener(where, self.host.serve, None, lambda context: "anonymous")
-        keys = self.folder / self.config.identity.folder
+        keys = self.config.keys(self.folder)
         if not (keys / FILE).exists():
             raise IdentityError(f"no {FILE} in {keys}: `housecall ca join INVITATION --out {keys}` makes one")
-        keeper = Keeper(keys)
-        revocations = Revocations(self.folder / self.config.identity.crl, keeper.current().ca)
+        keeper = Keeper(keys, url=self.config.identity.ca_url)
+        lists = [Revocations(path, keeper.current().ca) for path in self.config.revocation_lists(self.folder)]
         threading.Thread(target=keeper.run, args=(self._closing,), name="housecall-keeper", daemon=True).start()
 
         def admits(who: Principal) -> bool:
-            return not revocations.revoked(who.serial) and utc_now() < who.not_after
+            return utc_now() < who.not_after and not any(one.revoked(who.serial) for one in lists)
 
         def identified(context: Any) -> Principal:
             try:
@@ -190,6 +191,11 @@ def _limits(config: Config) -> Limits:
     )
 
 
+def _authority(config: Config, keys: Path) -> str:
+    """Where the authority is (HOST:PORT), "" if nobody says."""
+    return target(config.identity.ca_url) if config.identity.ca_url else authority_url(keys)
+
+
 def confine(folder: Path, *, listen: str = "", plaintext: bool = False, ports: tuple[int, ...] = ()) -> Report:
     """Have this process, for good, do no more than the worker of `folder` needs; `ports`: where else it listens.
 
@@ -197,14 +203,15 @@ def confine(folder: Path, *, listen: str = "", plaintext: bool = False, ports: t
     `strict = true` a `UsageError`."""
     folder = folder.resolve()
     config = Config.load(folder)
-    keys, revoked = folder / config.identity.folder, (folder / config.identity.crl).parent
+    keys = config.keys(folder)
+    places = {path.parent for path in config.revocation_lists(folder)} - {keys}
     report = enter(
         Needs(
             folder,
             writes=(keys,),
-            reads=() if revoked.is_relative_to(folder) else (revoked,),
+            reads=tuple(sorted(place for place in places if not place.is_relative_to(folder))),
             ports=(int((listen or config.listen).rpartition(":")[2]), *ports),
-            authority="" if plaintext else authority_url(keys),
+            authority="" if plaintext else _authority(config, keys),
             memory_mb=config.sandbox.memory_mb,
             network=config.sandbox.network == "listen",
             cuda=config.device.startswith("cuda"),

@@ -17,6 +17,7 @@ from ..errors import IdentityError
 from .certificate import FILE, Identity, load_certificate, utc_now
 from .enrolment import authority_url, fetch_crl, renew
 from .files import locked, read, replace
+from .names import target
 from .revocation import read_crl
 
 __all__ = ["CRL_FILE", "Keeper"]
@@ -37,12 +38,14 @@ class Keeper:
     """Keeps the identity in a folder alive. Raises `IdentityError` if there is none.
 
     A failure to renew is logged, tried again after five minutes, and the old certificate is used until it ends.
-    `ask_renew` and `ask_crl` speak with the authority; `beside` runs a function without waiting for it."""
+    `url` is where the authority is, if the folder does not say. `ask_renew` and `ask_crl` speak with the authority;
+    `beside` runs a function without waiting for it."""
 
     def __init__(
         self,
         folder: str | Path,
         *,
+        url: str = "",
         now: Callable[[], datetime] = utc_now,
         ask_renew: Callable[[Identity, str], Identity] = renew,
         ask_crl: Callable[[str, bytes], bytes] = fetch_crl,
@@ -52,7 +55,7 @@ class Keeper:
         self._now, self._ask_renew, self._ask_crl, self._beside = now, ask_renew, ask_crl, beside
         self._stamp = self._stat()
         self._identity = Identity.load(self._folder)
-        self._url = authority_url(self._folder)
+        self._url = target(url) if url else authority_url(self._folder)
         self._renew_after = self._crl_after = datetime.min.replace(tzinfo=self._identity.not_after.tzinfo)
         self._tending = threading.Lock()
 

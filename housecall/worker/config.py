@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from ..errors import UsageError
 
-__all__ = ["CONFIG_FILE", "DATA_FOLDER", "Config", "Identity", "Limits", "Sandbox"]
+__all__ = ["CONFIG_FILE", "DATA_FOLDER", "Config", "Identity", "Limits", "Sandbox", "host_and_port"]
 
 CONFIG_FILE = "worker.toml"
 DATA_FOLDER = "data"
@@ -28,6 +28,17 @@ DATA_FOLDER = "data"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,63}", re.ASCII)
 _LISTEN = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})", re.ASCII)
 _DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?", re.ASCII)
+
+
+def host_and_port(text: str, name: str) -> tuple[str, int]:
+    """The two of HOST:PORT, an IPv6 address without its brackets. Raises `UsageError`; `name` is what the text is
+    called there."""
+    found = _LISTEN.fullmatch(text)
+    if not found or int(found[2]) > 65535:
+        raise UsageError(
+            f"{name} {text[:80]!r} must be HOST:PORT, as in '127.0.0.1:7443' or '[::1]:7443', the port from 0 to 65535"
+        )
+    return found[1].strip("[]"), int(found[2])
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,11 +64,13 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         str, Meta(min_length=1, description="Folder of the private key and the certificates: for this user only.")
     ] = "identity"
     ca_url: Annotated[
-        str, Meta(description="Address of the authority that renews the certificate; empty: renewed by hand.")
+        str,
+        Meta(description="HOST:PORT of the authority that renews the certificate; empty: as authority.url says."),
     ] = ""
     crl: Annotated[
-        str, Meta(min_length=1, description="File of revoked certificates; read again whenever it changes.")
-    ] = "identity/crl.pem"
+        str,
+        Meta(description="File of revoked certificates, read again whenever it changes; empty: crl.pem in the folder."),
+    ] = ""
 
 
 class Sandbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,11 +114,20 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name) or set(self.name) == {"."}:
             raise ValueError(f"name {self.name!r} must be 1 to 63 letters, digits, '-', '.' or '_'")
-        listen = _LISTEN.fullmatch(self.listen)
-        if not listen or int(listen[2]) > 65535:
-            raise ValueError(f"listen {self.listen!r} must be HOST:PORT, as in '127.0.0.1:7443' or '[::1]:7443'")
+        host_and_port(self.listen, "listen")
         if not _DEVICE.fullmatch(self.device):
             raise ValueError(f"device {self.device!r} must be 'cpu', 'cuda' or 'cuda:N'")
+
+    def keys(self, folder: Path) -> Path:
+        """Where the key and the certificates of the worker in `folder` lie."""
+        return folder / self.identity.folder
+
+    def revocation_lists(self, folder: Path) -> tuple[Path, ...]:
+        """The files of revoked certificates: what is in any of them counts. The first is what the authority's is
+        fetched to."""
+        own = self.keys(folder) / "crl.pem"
+        named = folder / self.identity.crl if self.identity.crl else own
+        return tuple(dict.fromkeys((own, named)))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Config:
