@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from housecall.program.call import Call, Input, Items, Program
+from housecall.program.check import check
 from housecall.program.flow import flow
 from housecall.program.typing import type_of
 from housecall.transport.arrays import share
 from housecall.transport.parcel import packed
 from housecall.types import PUBLIC, Label, Ref
-from housecall.wire.messages import Describe, Fetch, Frame, Load, Put, Reply
+from housecall.wire.messages import Clear, Define, Describe, Drop, Fetch, Frame, Load, Put, Reply, Run
 from housecall.worker.private import FAILED
 from housecall.worker.worker import Worker, WorkerSession
 
@@ -317,3 +318,76 @@ def test_every_operator_kind_of_failure_is_hidden() -> None:
             seen.append(msgspec.msgpack.encode([reply, door.handle(Frame(3, (Describe((10,)),)))]))
             assert 10 in door.store, op
         assert seen[0] == seen[1], op
+
+
+# -- what a session could measure ---------------------------------------------------------------------------
+
+
+def measured(door: WorkerSession) -> Any:
+    """What a session can find out of its slots: their types, whose storage each has, and what it is charged."""
+    cells = door.store.cells
+    owners = [next(ref for ref in cells if cells[ref] is cell) for cell in cells.values()]
+    described = door.handle(Frame(50, (Describe(tuple(door.store)),)))
+    return described, owners, [cell.nbytes for cell in cells.values()], door.store.held
+
+
+ONES = torch.ones(6, 4)
+UNEVEN: dict[str, tuple[Call, torch.Tensor, torch.Tensor]] = {
+    "a loss that goes through more than its result": (
+        Call("binary_cross_entropy.default", (Ref(1), Ref(5)), {}, (10,)), ONES, ONES * -1,
+    ),
+    "factors in another order": (
+        Call("_linalg_svd.default", (Ref(1), False, True), {}, (10, 11, 12)), ONES, ONES * float("nan"),
+    ),
+    "a write that fails on its way": (
+        Call("index_fill_.int_Scalar", (Ref(5), 0, Ref(1), 0.5), {}, ()), torch.tensor([0, 1]), torch.tensor([0, 99]),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("in_a_program", [False, True])
+@pytest.mark.parametrize("case", UNEVEN)
+def test_a_private_result_is_in_memory_as_was_forecast(case: str, in_a_program: bool) -> None:
+    call, good, bad = UNEVEN[case]
+    seen = []
+    for secret in (good, bad):
+        door = session(heart=secret)
+        door.handle(Frame(2, (Put(5, share(torch.ones(6, 4))),)))
+        messages: list[Any] = [call]
+        if in_a_program:
+            inputs = (Input("x", 1, type_of(secret)), Input("mine", 5, type_of(ONES), updates=not call.outs))
+            outputs = tuple((f"o{out}", out) for out in call.outs)
+            program = Program(inputs, (call,), outputs)
+            again = [Run(program.digest, (1, 5), tuple(out + n for out in call.outs), ()) for n in (0, 100, 200)]
+            messages = [Define(program), *again]
+        assert door.handle(Frame(3, tuple(messages))).failures == ()
+        assert {str(door.store.label(ref)) for ref in (*call.outs, *(() if call.outs else (5,)))} == {"heart"}
+        assert any(cell.failed for cell in door.store.cells.values()) == (secret is bad)
+        seen.append(measured(door))
+    assert seen[0] == seen[1]
+
+
+def test_what_the_generator_went_through_stays_known_after_a_clear() -> None:
+    door = session(heart=torch.ones(4))
+    done(door, Call("poisson.default", (Ref(1),), {}, (10,)), Clear())
+    done(door, Call("rand.default", (Items((3,)),), {}, (11,)))
+    assert door.store.label(11) == HEART
+    (answer,) = done(door, Fetch((11,))).results
+    assert answer.arrays[0].reason.endswith("heart stays")
+
+
+def test_an_id_that_is_given_anew_is_another_name_in_what_the_owner_reads() -> None:
+    door = session(heart=X)
+    done(
+        door,
+        Put(5, share(torch.zeros(3, 4))),
+        Call("mul.Tensor", (Ref(1), Ref(5)), {}, (10,)),
+        Drop((5,)),
+        Call("mean.default", (Ref(1),), {}, (5,)),
+        Call("add.Tensor", (Ref(10), Ref(5)), {}, (11,)),
+    )
+    assert door.meter is not None
+    program = door.meter.history.program((11,), door.store)
+    check(program)
+    assert [item.name for item in program.inputs] == ["heart.x", "brought0"]
+    assert "mul.Tensor(heart.x, brought0)" in str(program)

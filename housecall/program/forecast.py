@@ -10,7 +10,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -20,16 +20,25 @@ from torch.utils.flop_counter import flop_registry
 from ..errors import LimitError, ProgramError
 from .bounds import BOUNDED, bound, pieces, reads_values, scratch, work
 from .call import Call
-from .ops import Return, operator
+from .ops import operator
 from .outcome import Spec, expected, spec, stand_in
 from .run import arguments_of, computing, overload
 from .trust import FORWARDS, check_given_back, check_types
 from .typing import meta, type_of
 
-__all__ = ["MOST_DIMS", "WRAPS", "Forecast", "forecast", "result_types", "shown_by_shape"]
+__all__ = ["MOST_DIMS", "WRAPS", "Forecast", "Made", "forecast", "shown_by_shape"]
 
 WRAPS = 1 << 62  # bytes: near here torch's own arithmetic wraps around
 MOST_DIMS = 64  # as many as torch's kernels take; sizes and strides are memory too
+
+
+class Made(NamedTuple):
+    """A result that a call will make: its type, the bytes of its storage, and whether that is new (else it is an
+    argument's, which the result is a view of)."""
+
+    spec: Spec
+    nbytes: int
+    fresh: bool
 
 
 class Forecast(msgspec.Struct, frozen=True):
@@ -40,6 +49,7 @@ class Forecast(msgspec.Struct, frozen=True):
                 they are repeated
     `flops`     operations, of an operator that can have many for the size of its inputs
     `single`    the type of its only result, if it has only one and that could be typed
+    `made`      all its results, in the order of its ids, `None` for a hole; `None` if they could not be typed
     `lasting`   whether the same types always take the same; else it depends on elements
     """
 
@@ -47,6 +57,7 @@ class Forecast(msgspec.Struct, frozen=True):
     most: int
     flops: int = 0
     single: Spec | None = None
+    made: tuple[Made | None, ...] | None = None
     lasting: bool = True
 
 
@@ -89,21 +100,6 @@ def shown_by_shape(call: Call, values: Mapping[int, Any]) -> bool:
         return False
     args = arguments_of(call, values)
     return not _at_positions(args)
-
-
-def result_types(call: Call, values: Mapping[int, Any]) -> list[Spec | None]:
-    """The types of a call's fresh results, in the order of its `outs`, from those of its inputs; `None` for a hole."""
-    rule = _rule(call.op)
-    args = arguments_of(call, values)
-    stands = {name: _as_meta(value, rule.operator.writes) for name, value in args.items()}
-    if rule.makes:
-        stands["device"] = torch.device("meta")
-    result, _ = _run(rule, stands)
-    found: list[Spec | None] = []
-    for item in expected(rule.operator, result).results:
-        if not isinstance(item, Return):
-            found.extend(one if isinstance(one, Spec) else None for one in (item if isinstance(item, list) else [item]))
-    return found
 
 
 class _Rule:
@@ -196,7 +192,26 @@ def _typed(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forec
     reads = fresh or rule.operator.writes or not outcome.results  # else every result is a view
     on_the_way = max(tally.largest, scratch(rule.name, args))
     most = max(fresh, on_the_way, widest if widest >= WRAPS else 0, through if reads else 0)
-    return Forecast(fresh, most, max(steps, tally.flops), outcome.single, lasting=not reads_values(rule.name))
+    made = _made(rule, result, given)
+    return Forecast(fresh, most, max(steps, tally.flops), outcome.single, made, lasting=not reads_values(rule.name))
+
+
+def _made(rule: _Rule, result: Any, given: set[Any]) -> tuple[Made | None, ...] | None:
+    """The results that get ids, of those on meta tensors; `given` are the addresses of the arguments' storages."""
+    found: list[Made | None] = []
+    for item, value in zip(
+        rule.operator.returns, result if len(rule.operator.returns) > 1 else (result,), strict=False
+    ):
+        for one in () if item.same_as else value if item.many else (value,):
+            if not isinstance(one, torch.Tensor | None):
+                return None
+            found.append(None if one is None else _made_one(one, given))
+    return tuple(found)
+
+
+def _made_one(tensor: torch.Tensor, given: set[Any]) -> Made:
+    type_ = msgspec.structs.replace(type_of(tensor), device="cpu")
+    return Made(spec(type_), tensor.untyped_storage().nbytes(), _address(tensor) not in given)
 
 
 def _run(rule: _Rule, stands: dict[str, Any]) -> tuple[Any, _Tally]:

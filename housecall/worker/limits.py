@@ -39,7 +39,7 @@ from ..program.typing import type_of
 from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Found, Put, Tag
 from .history import History
-from .private import check_private, run_private
+from .private import check_made, check_private, run_private
 from .store import Halt, Store
 
 __all__ = ["UNLIMITED", "Limits", "Meter"]
@@ -104,6 +104,8 @@ class Meter:
         if label:
             check_private(call, label, store)
         coming = self._forecast(call)
+        if label:
+            check_made(call, label, coming.made)
         if (
             coming.most > self._call_bytes
             or coming.flops > self._call_flops
@@ -120,7 +122,7 @@ class Meter:
         if _rule(call.op).writes:
             store.write(call)
         if label:
-            run_private(call, label, failed, store, self._randomness, self.history)
+            run_private(call, coming.made or (), label, failed, store, self._randomness, self.history)
             return coming, label
         if _rule(call.op).trusts:
             check_values(call.op, arguments_of(call, store))

@@ -17,7 +17,7 @@ from 2**64 on: a peer cannot say these, since no integer beyond 64 bits travels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,24 +25,27 @@ import torch
 from ..errors import ProgramError
 from ..program.call import HOLE, Arg, Call, refs, replaced
 from ..program.flow import derived
+from ..program.forecast import Made
 from ..program.outcome import Spec
 from ..types import Label, Ref
 from ..wire.messages import Run
 from .history import Episode
 from .limits import Meter
 from .plan import NONE, Plan, Report
-from .private import note_failure, zeros
+from .private import blank, note_failure, settled
 from .store import Cell, Failed, Store
 
 __all__ = ["Metered", "Precedent"]
 
 MOST = 64  # precedents of one plan
 
+_address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
+
 
 class Precedent(NamedTuple):
     """What a run took when it went call by call. Bytes: `most` of one call, `fresh` beyond what was held, at its peak;
     `slots` likewise. `labels` has one for each call; the rest are of the program's ids, also of its inputs afterwards:
-    their types, a number for each storage, their labels."""
+    their types, a number and the bytes of each storage, their labels."""
 
     most: int
     flops: int
@@ -52,8 +55,13 @@ class Precedent(NamedTuple):
     labels: tuple[Label, ...]
     specs: dict[int, Spec]
     cells: dict[int, int]
+    nbytes: dict[int, int]
     after: dict[int, Label]
     drawn: Label
+
+    def made(self, ref: int, shared: Collection[int] = ()) -> Made:
+        """What stands under an id; its storage is its own unless it is among those that are `shared`, by number."""
+        return Made(self.specs[ref], self.nbytes[ref], self.cells[ref] not in shared)
 
 
 class Metered:
@@ -105,6 +113,7 @@ class Metered:
     def _as(self, known: Precedent, report: Report, every: int) -> Iterator[None]:
         plan, store, message = self._plan, self._store, self._message
         failed: list[int] = []
+        device = next((value.device for value in self._values if isinstance(value, torch.Tensor)), torch.device("cpu"))
 
         def told(number: int, call: Call, error: Exception) -> Any:
             label = known.labels[number]
@@ -112,13 +121,18 @@ class Metered:
                 return report(number, call, error)
             failed.append(number)
             note_failure(call, label, error)
-            return [None if out == HOLE else zeros(known.specs[out]) for out in call.outs] or None
+            return [None if out == HOLE else blank(known.made(out), device) for out in call.outs] or None
 
         registers = plan.registers(self._values, message.numbers)
         yield from plan.run(registers, told, every, looks=True)
         failures = derived(plan.program, failed) if failed else frozenset()
+        shared = {known.cells[ref] for ref in self._inputs}
+        taken = {_address(value) for value in self._values if isinstance(value, torch.Tensor)}
         for (_, ref), out, value in zip(plan.program.outputs, message.outs, plan.outputs(registers), strict=True):
             if isinstance(value, torch.Tensor):
+                if known.after[ref]:
+                    value = settled(value, known.made(ref, shared), taken, device)
+                    shared.add(known.cells[ref])
                 store[out] = value
                 expected = known.specs[ref]
                 store.count(out, value, expected if value.storage_offset() == expected.offset else None)
@@ -145,10 +159,11 @@ class Metered:
             slots.setdefault(ref, out)
         known_cells = {known.cells[ref]: cells[slot] for ref, slot in slots.items() if slot in cells}
         changed = (*self._message.outs, *(self._inputs[item.id] for item in self._plan.updates))
+        bindings = {ref: self._store.bindings[slot] for ref, slot in slots.items() if slot in self._store.bindings}
         calls = tuple([call for call, label in zip(self._plan.calls, known.labels, strict=True) if label])
         numbers = {ref: number for (_, ref), number in zip(program.numbers, self._message.numbers, strict=True)}
         made = frozenset([cells[slot] for slot in changed if slot in cells])
-        return Episode(calls, made, slots, known_cells, numbers, known.cells, known.specs, self._ids)
+        return Episode(calls, made, bindings, known_cells, numbers, known.cells, known.specs, self._ids)
 
 
 class _CallByCall:
@@ -284,8 +299,9 @@ class _Tally:
             return None
         numbers: dict[Cell, int] = {}
         cells = {ref: numbers.setdefault(cell, len(numbers)) for ref, cell in self._cells.items()}
+        nbytes = {ref: cell.nbytes for ref, cell in self._cells.items()}
         after = {ref: cell.label for ref, cell in self._cells.items()}
         return Precedent(
             self._most, self._flops, self._fresh, self._slots, self._meter.spent - self._spent,
-            tuple(self._labels), self._specs, cells, after, self._store.drawn,
+            tuple(self._labels), self._specs, cells, nbytes, after, self._store.drawn,
         )  # fmt: skip

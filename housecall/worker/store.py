@@ -94,9 +94,10 @@ class Store(dict[int, Any]):
         self.held = 0
         self.private = False  # whether anything here ever had a label
         self.drawn = PUBLIC  # what the state of the random generator derives from
-        self.lives: dict[int, int] = {}  # of ids whose values the owner was asked for: how often each was freed
+        self.bindings: dict[int, int] = {}  # slot -> number of its binding, once there is private data: ids come again
         self.turned_away: tuple[int, Exception] | None = None  # the first id that found no room, and why
         self._by_address: dict[int, Cell] = {}
+        self._bindings = 0
 
     def __missing__(self, ref: int) -> Any:
         if self.turned_away is not None and ref >= self.turned_away[0]:
@@ -115,6 +116,8 @@ class Store(dict[int, Any]):
             self.held += nbytes
         cell.slots += 1
         self.cells[ref] = cell
+        if self.private:
+            self._number(ref)
         if expected is None or value.shape != expected.size or value.dtype is not expected.dtype:
             expected = spec(type_of(value))
         self.specs[ref] = expected
@@ -150,12 +153,19 @@ class Store(dict[int, Any]):
 
     def mark(self, slots: Iterable[int], label: Label, *, failed: bool) -> None:
         """What these slots hold, and all that shares their storage, derives from `label` as well."""
-        self.private = True
+        if not self.private:
+            self.private = True
+            for ref in self.cells:
+                self._number(ref)
         for ref in slots:
             cell = self.cells.get(ref)
             if cell is not None:
                 cell.label = cell.label | label
                 cell.failed = cell.failed or failed
+
+    def _number(self, ref: int) -> None:
+        self._bindings += 1
+        self.bindings[ref] = self._bindings
 
     def write(self, call: Call) -> None:
         """Before a call writes: refuse it for what the owner lends, or a view of it (`ProgramError`), and count it,
@@ -172,11 +182,10 @@ class Store(dict[int, Any]):
         self.pop(ref, None)
         if self.tags:
             self.tags.pop(ref, None)
-        if ref in self.lives:
-            self.lives[ref] += 1
         cell = self.cells.pop(ref, None)
         if cell is not None:
             del self.specs[ref]
+            self.bindings.pop(ref, None)
             cell.slots -= 1
             if not cell.slots:
                 del self._by_address[cell.address]
@@ -185,14 +194,14 @@ class Store(dict[int, Any]):
     def clear(self) -> None:
         """Free every slot."""
         super().clear()
-        self.lives = {ref: life + 1 for ref, life in self.lives.items()}
         self.tags.clear()
         self.specs.clear()
         self.cells.clear()
         self.lent.clear()
+        self.bindings.clear()
         self._by_address.clear()
         self.held = 0
-        self.private = False
+        self.private = bool(self.drawn)  # the generator goes on from where private data has brought it
         self.turned_away = None
 
     # -- what others ask ----------------------------------------------------------------------------------

@@ -293,7 +293,7 @@ class WorkerSession:
             else:
                 self.store.lend(ref, column, Label((name,)))
             if self.meter is not None:
-                self.meter.history.lent(ref, f"{name}.{title}", type_of(self.store[ref]))
+                self.meter.history.lent(ref, f"{name}.{title}", self.store)
 
     def _found(self, found: Found, results: list[Result]) -> None:
         if self.meter is not None:
@@ -305,7 +305,6 @@ class WorkerSession:
         label, keys = PUBLIC, []
         for ref in ids:
             label = label | self.store.label(ref)
-            self.store.lives.setdefault(ref, 0)
             keys.append(self._key(ref))
         if self.meter is None or not label:
             raise UsageError("these values derive from nobody's data: fetch them, there is nothing to ask")
@@ -324,7 +323,7 @@ class WorkerSession:
         cell = self.store.cells.get(ref)
         if cell is None:
             raise ProgramError(f"%{ref} holds no value")
-        return f"{self.id}/{ref}/{self.store.lives.get(ref, 0)}/{cell.writes}"
+        return f"{self.id}/{self.store.bindings.get(ref, 0)}/{cell.writes}"
 
     def _released(self, ref: int, opening: Opening) -> Array | Failure:
         value = self._held(ref)

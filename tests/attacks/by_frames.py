@@ -310,6 +310,12 @@ named(
     "hidden failures",
 )
 
+named(
+    "strides_after_a_decomposition_that_failed",
+    _telling(SECRET, ZEROS * float("nan"), Call("_linalg_svd.default", (X, False, True), {}, (10, 11, 12))),
+    "settled",
+)
+
 # -- randomness ------------------------------------------------------------------------------------------------
 
 STATE = torch.Generator().manual_seed(0).get_state()

@@ -278,6 +278,17 @@ def attack_hides_a_copy_behind_a_view(world: World) -> Any:
     return None if "copy_.default" in program and "heart.x" in program else program
 
 
+@attack("shown by binding")
+def attack_gives_an_id_anew(world: World) -> Any:
+    """What chose the records is let go, and its id given to something that looks harmless."""
+    world.done(
+        Put(5, share(torch.zeros(6, 4))), Call("mul.Tensor", (X, Ref(5)), {}, (10,)), Drop((5,)),
+        Call("mean.default", (X,), {}, (5,)), Call("add.Tensor", (Ref(10), Ref(5)), {}, (11,)),
+    )  # fmt: skip
+    program = _shown(world, 11)
+    return None if "mul.Tensor(heart.x, brought0)" in program else program
+
+
 @attack()
 def attack_hides_a_copy_by_statistics(world: World) -> Any:
     world.done(Put(5, share(torch.zeros(4))), Put(6, share(torch.ones(4))))

@@ -27,7 +27,7 @@ __all__ = ["GUARDS", "without"]
 Patches = Callable[[], Any]
 
 
-def _open_run(call: Any, label: Any, failed: Any, store: Store, randomness: Any, history: Any) -> None:
+def _open_run(call: Any, made: Any, label: Any, failed: Any, store: Store, randomness: Any, history: Any) -> None:
     """`run_private` that fails as a public call would."""
     written = [ref for _, ref in _writes(call)]
     execute(call, store, randomness)
@@ -35,6 +35,10 @@ def _open_run(call: Any, label: Any, failed: Any, store: Store, randomness: Any,
         if out in store:
             store.count(out, store[out])
     store.mark((*call.outs, *written), label, failed=failed)
+
+
+def _unsettled(value: Any, made: Any, taken: Any, device: Any) -> Any:
+    return private.blank(made, device) if value is None else value
 
 
 _writes, _read_by, _spend = store.writes, Store.read_by, Requests.spend
@@ -113,24 +117,29 @@ def _bound_again(self: Meter, message: Any) -> None:
     self._store.count(message.id, message.value.data)
 
 
-def _by_id_only(self: Any, call: Any, types: Any, cells: Any, written: Any) -> None:
-    """A history that knows ids, not storages."""
-    _add(self, call, types, {ref: _Id(ref) for ref in (*types, *call.outs, *written) if ref in cells}, written)
-
-
 class _Id(int):
     """Stands for a cell."""
 
 
-_add, _program = history.History.add, history.History.program
+class _ById:
+    """A store whose cells, or the numbers of whose bindings, are the ids of its slots."""
+
+    def __init__(self, store: Store, cells: bool) -> None:
+        self.specs = store.specs
+        self.cells: Any = {ref: _Id(ref) for ref in store.cells} if cells else store.cells
+        self.bindings: Any = store.bindings if cells else {ref: ref for ref in store.cells}
 
 
-def _program_by_id(self: Any, wanted: Any, store: Any) -> Any:
-    class Ids:
-        cells = {ref: _Id(ref) for ref in wanted}  # noqa: RUF012
-        specs = store.specs
+_add, _program, _lent = history.History.add, history.History.program, history.History.lent
 
-    return _program(self, wanted, Ids)
+
+def _kept_by_id(cells: bool) -> tuple[Any, ...]:
+    """A history that knows ids, not storages; or not bindings."""
+    return (
+        patch.object(history.History, "add", lambda self, *args: _add(self, *args[:3], _ById(args[3], cells))),
+        patch.object(history.History, "program", lambda self, ids, store: _program(self, ids, _ById(store, cells))),
+        patch.object(history.History, "lent", lambda self, *args: _lent(self, *args[:2], _ById(args[2], cells))),
+    )
 
 
 _TABLE = {
@@ -157,7 +166,12 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "write labels": (patch.object(private, "writes", lambda call: []),),
     "unsaid writes": (patch.object(store, "writes", _only_said), patch.object(private, "writes", _only_said)),
     "lent": (patch.object(Store, "write", _write_unrefused),),
-    "shapes": (patch.object(private, "shown_by_shape", lambda call, values: False),),
+    "shapes": (
+        patch.object(limits, "check_private", lambda *args: None),
+        patch.object(limits, "check_made", lambda *args: None),
+        patch.object(limits, "run_private", _open_run),
+    ),
+    "settled": (patch.object(private, "settled", _unsettled),),
     "hidden failures": (patch.object(limits, "run_private", _open_run),),
     "drawn": (patch.object(Store, "read_by", _undrawn),),
     "bound": (patch.object(Meter, "put", _bound_again),),
@@ -172,10 +186,8 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "approval's principal": (patch.object(Requests, "spend", _any_principal),),
     "request's principal": (patch.object(Requests, "get", lambda self, id, *who: _get(self, id)),),
     "one answer for all": (patch.object(Opening, "ask", _once_for_all),),
-    "shown by storage": (
-        patch.object(history.History, "add", _by_id_only),
-        patch.object(history.History, "program", _program_by_id),
-    ),
+    "shown by storage": _kept_by_id(cells=True),
+    "shown by binding": _kept_by_id(cells=False),
     "forgotten": (
         patch.object(history.History, "forgotten", property(lambda self: 0, lambda self, n: None), create=True),
     ),
