@@ -35,6 +35,7 @@ from .identity.keeper import Keeper
 from .identity.names import target
 from .identity.revocation import Revocations
 from .sandbox.environment import begin_again
+from .sandbox.limits import most_memory_mb
 from .sandbox.process import Needs, enter
 from .sandbox.report import Report
 from .transport.grpc import Address, Listener, is_loopback
@@ -212,7 +213,7 @@ def confine(folder: Path, *, listen: str = "", plaintext: bool = False, ports: t
             reads=tuple(sorted(place for place in places if not place.is_relative_to(folder))),
             ports=(int((listen or config.listen).rpartition(":")[2]), *ports),
             authority="" if plaintext else _authority(config, keys),
-            memory_mb=config.sandbox.memory_mb,
+            memory_mb=_memory_mb(config),
             network=config.sandbox.network == "listen",
             cuda=config.device.startswith("cuda"),
         )
@@ -221,6 +222,13 @@ def confine(folder: Path, *, listen: str = "", plaintext: bool = False, ports: t
     if config.sandbox.strict:
         report.demand()
     return report
+
+
+def _memory_mb(config: Config) -> int:
+    """What the process may allocate, in 10^6 bytes; 0 for no bound."""
+    if isinstance(config.sandbox.memory_mb, int):
+        return config.sandbox.memory_mb
+    return 0 if config.device.startswith("cuda") else most_memory_mb()
 
 
 def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from rich.console import Console
@@ -31,8 +32,10 @@ from housecall.sandbox import seccomp
 from housecall.sandbox.environment import born_clean, kept
 from housecall.sandbox.kernel import ARCHITECTURES, Architecture, architecture
 from housecall.sandbox.landlock import trees
+from housecall.sandbox.limits import most_memory_mb
 from housecall.sandbox.report import Protection, Report
 from housecall.sandbox.seccomp import Sockets
+from housecall.service import _memory_mb
 from housecall.worker.config import Config, Sandbox
 
 NAMES = ("environment", "limits", "privileges", "system calls", "files", "network")
@@ -217,6 +220,15 @@ except MemoryError:
     assert answer == "no memory"
     assert "300 MB of memory" in report["limits"].detail
     assert "unbounded" in place.said("go(); answer = len(bytearray(10**9))")[1]["limits"].detail
+
+
+def test_a_bound_of_most_is_below_what_the_machine_has() -> None:
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1_000_000
+    assert 0 < most_memory_mb() <= there * 9 // 10
+    config = Config.parse('name = "clinic"')
+    assert _memory_mb(config) == most_memory_mb()
+    assert _memory_mb(msgspec.structs.replace(config, device="cuda:0")) == 0
+    assert _memory_mb(Config.parse('name = "clinic"\n[sandbox]\nmemory_mb = 700')) == 700
 
 
 def test_another_user_program_can_not_look_in(place: Place) -> None:
@@ -554,7 +566,7 @@ def test_a_report_is_logged_and_shown(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_the_settings() -> None:
-    assert Config.parse('name = "clinic"').sandbox == Sandbox(strict=False, memory_mb=0, network="listen")
+    assert Config.parse('name = "clinic"').sandbox == Sandbox(strict=False, memory_mb="most", network="listen")
     with pytest.raises(UsageError, match=r"sandbox\.network"):
         Config.parse('name = "clinic"\n[sandbox]\nnetwork = "none"')
 

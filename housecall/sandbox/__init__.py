@@ -23,7 +23,7 @@ in it can
 - send data to a client that is connected to it, and, while an authority is set, to that port of any host, and by
   DNS, if the authority is given by name;
 - learn that a file exists, its size and times: Landlock does not hide names;
-- use all memory, if `memory_mb` is 0, and all cores. The cgroup of a service manager bounds both.
+- use as much memory as `memory_mb` says, and all cores. The cgroup of a service manager bounds both.
 The list of refused system calls is a list of refusals: a new call of a newer kernel is not on it, and torch makes and
 runs machine code, so memory may be writable and executable.
 The next step is a process for each session (no keys, no network namespace but an empty one, an executor that sees its

@@ -5,12 +5,15 @@ Computing time is not among them: a worker runs for months. `limits.compute_s` b
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
+from pathlib import Path
 
 from .kernel import reason
 from .report import Protection
 
-__all__ = ["FILE_BYTES", "OPEN_FILES", "THREADS", "bound"]
+__all__ = ["FILE_BYTES", "OPEN_FILES", "THREADS", "bound", "most_memory_mb"]
 
 FILE_BYTES = 4_000_000_000  # a worker writes its status, its ledger and its log, never data
 OPEN_FILES = 8_192  # a connection each, and a few
@@ -30,6 +33,16 @@ def bound(memory_mb: int) -> Protection:
     return Protection(
         "limits", True, f"no core dumps, files up to {FILE_BYTES // 10**6:,} MB, {OPEN_FILES:,} open files, {memory}"
     )
+
+
+def most_memory_mb() -> int:
+    """Nine tenths of what this machine has, or its container may use, in 10^6 bytes: the rest is for whoever has to see
+    to a worker that wants more."""
+    bytes_ = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container: version 2, or 1
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            bytes_ = min(bytes_, int((Path("/sys/fs/cgroup") / name).read_text()))
+    return max(1, bytes_ * 9 // 10 // 1_000_000)
 
 
 def _lower(name: str, value: int) -> str:

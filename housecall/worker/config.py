@@ -80,13 +80,12 @@ class Sandbox(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         bool, Meta(description="Whether the worker refuses to start when a protection is not to be had here.")
     ] = False
     memory_mb: Annotated[
-        int,
+        Annotated[int, Meta(ge=0, le=10**9)] | Literal["most"],
         Meta(
-            ge=0,
-            le=10**9,
-            description="Memory that the whole process may allocate, in MB, 8 for each thread included; 0: no bound.",
+            description="Memory in MB that the process may allocate, 8 a thread included; 0: no bound. "
+            '"most": 9/10 of all, without a GPU.',
         ),
-    ] = 0
+    ] = "most"
     network: Annotated[
         Literal["listen", "open"],
         Meta(description="listen: it connects to nobody but its authority. open: the network is not restricted."),
