@@ -19,6 +19,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -39,18 +40,23 @@ from .sandbox.limits import most_memory_mb
 from .sandbox.process import Needs, enter
 from .sandbox.report import Report
 from .transport.grpc import Address, Listener, is_loopback
+from .worker.approvals import REQUEST_FOLDERS
 from .worker.catalogue import Catalogue
-from .worker.config import Config
+from .worker.config import DATA_FOLDER, Config
+from .worker.files import make_folder
 from .worker.gate import Gate
 from .worker.host import Host
+from .worker.journal import LEDGER_FOLDER
 from .worker.limits import Limits
 from .worker.owner import gate_of
-from .worker.signing import PUBLIC_FILE
+from .worker.policies import POLICY_FOLDER
+from .worker.signing import KEY_FILE, PUBLIC_FILE
 from .worker.worker import Worker
 
 __all__ = ["STATUS_FILE", "Service", "confine", "main", "run"]
 
 STATUS_FILE = "status.json"
+TEMPORARY_FOLDER = "tmp"
 DRAIN_S = 20.0  # how long the end may take: as long as most supervisors wait before they kill
 
 log = logging.getLogger(__name__)
@@ -205,12 +211,16 @@ def confine(folder: Path, *, listen: str = "", plaintext: bool = False, ports: t
     folder = folder.resolve()
     config = Config.load(folder)
     keys = config.keys(folder)
+    for name in (DATA_FOLDER, LEDGER_FOLDER, POLICY_FOLDER, *REQUEST_FOLDERS, TEMPORARY_FOLDER):
+        make_folder(folder / name)  # what is made later, next to a secret, could not be read
+    tempfile.tempdir = str(folder / TEMPORARY_FOLDER)  # torch wants one
     places = {path.parent for path in config.revocation_lists(folder)} - {keys}
     report = enter(
         Needs(
             folder,
             writes=(keys,),
             reads=tuple(sorted(place for place in places if not place.is_relative_to(folder))),
+            secrets=(folder / KEY_FILE,),
             ports=(int((listen or config.listen).rpartition(":")[2]), *ports),
             authority="" if plaintext else _authority(config, keys),
             memory_mb=_memory_mb(config),

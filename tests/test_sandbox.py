@@ -222,6 +222,27 @@ except MemoryError:
     assert "unbounded" in place.said("go(); answer = len(bytearray(10**9))")[1]["limits"].detail
 
 
+def test_what_signs_for_the_owner_is_not_read(place: Place) -> None:
+    code = """
+(folder / "ledger").mkdir()
+for name in ("owner.key", "owner.pub", "ledger/1.jsonl"):
+    (folder / name).write_text(name)
+go(secrets=(folder / "owner.key",))
+def made():
+    (folder / "draft").write_text("x")
+    (folder / "draft").rename(folder / "status.json")
+    (folder / "ledger" / "2.jsonl").write_text("y")
+    return (folder / "ledger" / "2.jsonl").read_text()
+answer = [tried(lambda: (folder / name).read_text()) for name in ("owner.key", "owner.pub", "ledger/1.jsonl")]
+answer += [tried(made), tried(lambda: (folder / "owner.key").rename(folder / "ledger" / "key"))]
+"""
+    answer, report = place.said(code)
+    needs(report, "files")
+    assert answer[:4] == [EACCES, "owner.pub", "ledger/1.jsonl", "y"]
+    assert answer[4] in (EACCES, "EXDEV")  # into a folder that may be read
+    assert "owner.key not readable" in report["files"].detail
+
+
 def test_a_bound_of_most_is_below_what_the_machine_has() -> None:
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1_000_000
     assert 0 < most_memory_mb() <= there * 9 // 10

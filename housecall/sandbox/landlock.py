@@ -35,15 +35,17 @@ _SET_NO_NEW_PRIVS = 38
 
 READ = READ_FILE | READ_DIR
 WRITE = READ | WRITE_FILE | TRUNCATE | MAKE_REG | MAKE_DIR | REMOVE_FILE | REMOVE_DIR | REFER
+MAKE = WRITE & ~READ_FILE
 DEVICE = READ | WRITE_FILE | TRUNCATE | IOCTL_DEV
 
 
 class Access(NamedTuple):
-    """Which trees of files may be read, written and made, used as devices; at which TCP ports the process may listen
-    and to which it may connect (`None`: any; port 0: one that the kernel chooses)."""
+    """Which trees of files may be read, written and made, made but not read, used as devices; at which TCP ports the
+    process may listen and to which it may connect (`None`: any; port 0: one that the kernel chooses)."""
 
     read: tuple[Path, ...] = ()
     write: tuple[Path, ...] = ()
+    make: tuple[Path, ...] = ()
     devices: tuple[Path, ...] = ()
     listen: tuple[int, ...] | None = ()
     connect: tuple[int, ...] | None = ()
@@ -63,7 +65,8 @@ def restrict(access: Access) -> tuple[int, str]:
     files = (1 << 13) - 1
     files |= (REFER if here >= 2 else 0) | (TRUNCATE if here >= 3 else 0) | (IOCTL_DEV if here >= 5 else 0)
     with _ruleset(here, files, _ports_handled(here, access)) as rules:
-        for paths, rights in ((access.read, READ), (access.write, WRITE), (access.devices, DEVICE)):
+        kinds = ((access.read, READ), (access.write, WRITE), (access.make, MAKE), (access.devices, DEVICE))
+        for paths, rights in kinds:
             for path in dict.fromkeys(paths):
                 _allow_path(rules, path, rights & files)
         if here >= 4:

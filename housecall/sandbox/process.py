@@ -49,13 +49,15 @@ _CUDA = (
 class Needs(NamedTuple):
     """What a worker's process needs while it runs.
 
-    `folder`: the worker's; what it `writes` and `reads` besides. `ports`: where it listens, 0 for any.
-    `authority`: HOST:PORT that renews its certificate, "" for none. `memory_mb`: 10^6 bytes that it may allocate, 0
-    for as much as there is. `network`: False leaves the network unrestricted. `cuda`: the GPUs' devices too."""
+    `folder`: the worker's, of which it cannot read `secrets`; what it `writes` and `reads` besides. `ports`: where it
+    listens, 0 for any. `authority`: HOST:PORT that renews its certificate, "" for none. `memory_mb`: 10^6 bytes that it
+    may allocate, 0 for as much as there is. `network`: False leaves the network unrestricted. `cuda`: the GPUs' devices
+    too."""
 
     folder: Path
     writes: tuple[Path, ...] = ()
     reads: tuple[Path, ...] = ()
+    secrets: tuple[Path, ...] = ()
     ports: tuple[int, ...] = (0,)
     authority: str = ""
     memory_mb: int = 0
@@ -80,7 +82,8 @@ def _files(needs: Needs) -> tuple[Protection, str]:
     readable = len(_read(needs))
     access = landlock.Access(
         read=_read(needs),
-        write=(needs.folder, *needs.writes, *_linked(needs.folder)),
+        write=(*_open(needs), *needs.writes, *_linked(needs.folder)),
+        make=(needs.folder,),
         devices=_devices(needs.cuda),
         listen=(*needs.ports, 0) if needs.network else None,  # 0: gRPC tries a socket of its own before it listens
         connect=_connectable(needs.authority) if needs.network else None,
@@ -91,7 +94,8 @@ def _files(needs: Needs) -> tuple[Protection, str]:
         absent = error.errno in (errno.ENOSYS, errno.EOPNOTSUPP)
         why = f"the kernel has no Landlock: {reason(error)}" if absent else f"Landlock: {reason(error)}"
         return Protection("files", False, why), why
-    covered = f"only the worker's folder is writable, {readable} places readable (Landlock {version})"
+    secret = f", {' and '.join(path.name for path in needs.secrets)} not readable" if needs.secrets else ""
+    covered = f"only the worker's folder is writable{secret}, {readable} places readable (Landlock {version})"
     ports = uncovered or ("" if version >= 4 else f"Landlock {version} knows no ports: they came with 4, Linux 6.7")
     return Protection("files", not uncovered, uncovered or covered), ports
 
@@ -156,6 +160,13 @@ def _python() -> Iterator[Path]:
 
 def _is_system(prefix: Path) -> bool:
     return prefix.resolve() in (Path("/"), Path("/usr"), Path("/usr/local"))
+
+
+def _open(needs: Needs) -> tuple[Path, ...]:
+    """The worker's folder, or all that is in it but secrets: rules only ever add, so that a tree has no exceptions."""
+    hidden = {path.resolve() for path in needs.secrets}
+    there = needs.folder.is_dir() and any(path.exists() for path in hidden)
+    return tuple(path for path in needs.folder.iterdir() if path.resolve() not in hidden) if there else (needs.folder,)
 
 
 def _linked(folder: Path) -> Iterator[Path]:

@@ -33,11 +33,12 @@ from ..errors import LimitError, PolicyError, UsageError
 from .files import locked, make_folder, read, replace
 from .signing import SIGNATURE_BYTES, OwnerKey, verify
 
-__all__ = ["APPROVAL_HOURS", "REQUEST_FOLDER", "Approval", "Request", "Requests"]
+__all__ = ["APPROVAL_HOURS", "REQUEST_FOLDER", "REQUEST_FOLDERS", "Approval", "Request", "Requests"]
 
 log = logging.getLogger(__name__)
 
 REQUEST_FOLDER = "requests"
+REQUEST_FOLDERS = (REQUEST_FOLDER, "approvals", "spent")
 APPROVAL_HOURS = 24.0
 MAX_REASON = 2_000  # characters
 MAX_PROGRAM = 1_000_000  # bytes
