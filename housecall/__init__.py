@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from .pointers.data import FederatedDataLoader as FederatedDataLoader
     from .pointers.data import FederatedDataset as FederatedDataset
     from .pointers.hook import TorchHook as TorchHook
+    from .pointers.mock import MockDataset as MockDataset
     from .pointers.module import location_of as location_of
     from .pointers.owned import OwnedDataset as OwnedDataset
     from .pointers.record import Recorded as Recorded
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from .remote import RemoteWorker as RemoteWorker
     from .remote import connect as connect
     from .virtual import VirtualWorker as VirtualWorker
+    from .worker.mocks import Fakes as Fakes
     from .worker.policy import Policy as Policy
     from .worker.policy import Release as Release
     from .worker.policy import Use as Use
@@ -80,6 +82,7 @@ _HOME = {
     "Call": "program.call",
     "CodecError": "errors",
     "DataError": "errors",
+    "Fakes": "worker.mocks",
     "FederatedDataLoader": "pointers.data",
     "FederatedDataset": "pointers.data",
     "HousecallError": "errors",
@@ -89,6 +92,7 @@ _HOME = {
     "LimitError": "errors",
     "LocalCluster": "cluster",
     "MNIST": "datasets",
+    "MockDataset": "pointers.mock",
     "OperatorError": "errors",
     "OwnedDataset": "pointers.owned",
     "PlaceError": "errors",

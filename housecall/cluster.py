@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,8 +29,11 @@ from .identity.authority import Authority
 from .identity.certificate import Identity
 from .remote import RemoteWorker, reach
 from .sandbox.environment import born_clean
+from .types import Unit
 from .worker.catalogue import Catalogue
 from .worker.config import Config
+from .worker.mocks import Fakes
+from .worker.owned import check_unit, check_words
 from .worker.policies import POLICY_FOLDER, draft, sign
 from .worker.policy import Policy
 from .worker.signing import OwnerKey
@@ -52,16 +55,26 @@ class ClusterWorker(RemoteWorker):
     def add(
         self,
         name: str,
+        /,
         *,
         tags: Sequence[str] = (),
         description: str = "",
+        mock: Mapping[str, torch.Tensor] | Fakes | None = None,
+        unit: Unit = "record",
+        person: str = "",
         policy: Policy | None = None,
         replace: bool = False,
         **columns: torch.Tensor,
     ) -> None:
         """Register a data set, as the worker's owner would: see `VirtualWorker.add`. Its policy is signed with the key
         in the worker's folder, and without one nobody may use it."""
-        Catalogue(self.folder).add(name, columns, tags, description, replace=replace)
+        check_words(
+            tags=tags, description=description, mock=mock, unit=unit, person=person, policy=policy, replace=replace
+        )
+        options: Any = {"mock": mock, "unit": unit, "person": person}
+        if policy is not None:
+            check_unit(Catalogue().register(name, columns, tags, description, **options), policy)
+        Catalogue(self.folder).add(name, columns, tags, description, replace=replace, **options)
         if policy is not None:
             key = OwnerKey.load(self.folder)
             file = self.folder / POLICY_FOLDER / f"{name}.toml"

@@ -12,11 +12,13 @@ This file knows neither torch nor any other file of the package.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 
-__all__ = ["PUBLIC", "Door", "Label", "Ref", "Struct", "TensorType", "Transport"]
+__all__ = ["PUBLIC", "Door", "Label", "Ref", "Struct", "TensorType", "Transport", "Unit"]
+
+Unit = Literal["record", "person"]  # of privacy: what is protected, one record, or all records of one person
 
 
 class Struct(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -53,9 +55,12 @@ class TensorType(Struct, frozen=True, tag="type", tag_field="t"):
 
 class Label(Struct, frozen=True, tag="label", tag_field="t"):
     """From which owned data sets a value derives: their names, sorted. It follows every operation and every alias of a
-    storage. A value that derives from none is public: its own principal brought or made it."""
+    storage. A value that derives from none is public: its own principal brought or made it.
+
+    `persons` are those of them whose unit of privacy is a person, sorted; of the others it is a record."""
 
     sources: tuple[str, ...] = ()
+    persons: tuple[str, ...] = ()
 
     def __or__(self, other: Label) -> Label:
         """What derives from both."""
@@ -63,14 +68,25 @@ class Label(Struct, frozen=True, tag="label", tag_field="t"):
             return self
         if not self.sources:
             return other
-        return Label(tuple(sorted({*self.sources, *other.sources})))
+        if self == other:
+            return self  # so that what derives from it goes on to share one label
+        return Label(_joined(self.sources, other.sources), _joined(self.persons, other.persons))
+
+    def unit(self, source: str) -> Unit:
+        """The unit of privacy of one of its data sets."""
+        return "person" if source in self.persons else "record"
 
     def __bool__(self) -> bool:
         return bool(self.sources)
 
     def __str__(self) -> str:
-        """As printed: `heart + labs`, or `public`."""
-        return " + ".join(self.sources) or "public"
+        """As printed: `heart (person) + labs`, or `public`."""
+        names = [f"{name} (person)" if name in self.persons else name for name in self.sources]
+        return " + ".join(names) or "public"
+
+
+def _joined(some: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted({*some, *others}))
 
 
 PUBLIC = Label()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from .errors import UsageError
+from .errors import HousecallError, UsageError
 from .pointers.location import Location
 from .pointers.session import Session
 from .transport.memory import MemoryTransport
+from .types import Unit
+from .worker.catalogue import Catalogue
+from .worker.mocks import Fakes
+from .worker.owned import check_unit, check_words
 from .worker.owner import Owner
 from .worker.policy import DENY, Policy
 from .worker.worker import Worker
@@ -46,9 +50,13 @@ class VirtualWorker(Location):
     def add(
         self,
         name: str,
+        /,
         *,
         tags: Sequence[str] = (),
         description: str = "",
+        mock: Mapping[str, torch.Tensor] | Fakes | None = None,
+        unit: Unit = "record",
+        person: str = "",
         policy: Policy | None = None,
         replace: bool = False,
         **columns: torch.Tensor,
@@ -56,10 +64,27 @@ class VirtualWorker(Location):
         """Register a data set of the worker's owner: `worker.add("heart", x=table, y=labels, tags=["#heart"])`.
 
         Columns are tensors with as many records each, (records, ...). Any session finds the set with `search`; `policy`
-        says who may use it and what may leave, and without one nobody may. Raises `DataError` or `UsageError` for what
-        cannot be a data set."""
-        self.worker.catalogue.register(name, columns, tags, description, replace=replace)
-        self.owner.policies.register(name, DENY if policy is None else policy)
+        says who may use it and what may leave, and without one nobody may. `mock` is for whoever finds it, whatever the
+        policy says: columns of made-up records, as many as you like, or `Fakes(records=100, x=(0, 1))`.
+
+        `unit="person"` protects all records of a person together: `person="subject"` names the column that says whose
+        each is; it stays here, and is not offered. Raises `DataError` or `UsageError` for what cannot be a data set,
+        and `PolicyError` for a policy that protects less than `unit`."""
+        check_words(
+            tags=tags, description=description, mock=mock, unit=unit, person=person, policy=policy, replace=replace
+        )
+        rules, policies = DENY if policy is None else policy, self.owner.policies
+        options: Any = {"mock": mock, "unit": unit, "person": person}
+        check_unit(Catalogue().register(name, columns, tags, description, **options), rules)
+        old = policies.get(name)
+        policies.forget(name)  # so that the old rules never hold for the new data
+        try:
+            self.worker.catalogue.register(name, columns, tags, description, replace=replace, **options)
+        except HousecallError:
+            if old is not None:
+                policies.register(name, old)
+            raise
+        policies.register(name, rules)
 
     @property
     def _objects(self) -> dict[int, torch.Tensor]:

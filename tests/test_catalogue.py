@@ -21,6 +21,10 @@ from housecall.types import TensorType
 from housecall.wire.codec import ITEM_BYTES
 from housecall.worker import catalogue as module
 from housecall.worker.catalogue import Catalogue, Owned
+from housecall.worker.mocks import Fakes
+from housecall.worker.policies import POLICY_FOLDER, Policies, draft, sign
+from housecall.worker.policy import Policy
+from housecall.worker.signing import OwnerKey
 
 NOON = datetime(2030, 1, 2, 12, 0, 0, 5, tzinfo=UTC)
 
@@ -474,3 +478,99 @@ def test_other_files_in_the_folder_are_no_data_sets(kept: Catalogue, tmp_path: P
         (tmp_path / "data" / name).write_text("x = 1")
     assert kept.names() == ("a",)
     assert kept.damaged() == {}
+
+
+# -- whose records they are, and what is signed for them -------------------------------------------------------
+
+
+def test_a_person_column_is_kept_and_withheld(kept: Catalogue, tmp_path: Path) -> None:
+    owned = kept.add("visits", {**digits(), "subject": torch.arange(6) // 2}, unit="person", person="subject")
+    assert (owned.unit, list(owned.columns), list(owned.withheld)) == ("person", ["x", "y"], ["subject"])
+    for other in (kept, Catalogue(tmp_path)):
+        assert other.owned("visits") == owned
+        assert list(other.columns("visits")) == ["x", "y"]
+        assert other.persons("visits").tolist() == [0, 0, 1, 1, 2, 2]
+        other.check("visits")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('person = "subject"', 'person = "nobody"'),
+        ('person = "subject"', ""),
+        ('unit = "person"', ""),
+        ('unit = "person"', 'unit = "people"'),
+        ('person = "subject"', 'person = "x"'),
+    ],
+)
+def test_a_description_that_offers_what_is_withheld(kept: Catalogue, tmp_path: Path, old: str, new: str) -> None:
+    kept.add("visits", {**digits(), "subject": torch.arange(6)}, unit="person", person="subject")
+    path = tmp_path / "data" / "visits.toml"
+    path.write_text(path.read_text().replace(old, new, 1))
+    assert kept.names() == ()
+    assert list(kept.damaged()) == ["visits"]
+
+
+@pytest.fixture
+def signed(kept: Catalogue, tmp_path: Path) -> Callable[[], bool]:
+    """Whether the policy of "a", signed once for it, is in force."""
+    key = OwnerKey.create(tmp_path)
+    kept.add("a", digits())
+    (tmp_path / POLICY_FOLDER).mkdir()
+    (tmp_path / POLICY_FOLDER / "a.toml").write_text(Policy.open_to("alice").text())
+    sign(tmp_path, draft(tmp_path, "a", key.public), key)
+    policies = Policies(tmp_path, key.public)  # a worker's, which runs meanwhile
+    return lambda: policies["a"].use.interactive == ("alice",)
+
+
+def test_the_same_data_keeps_its_policy(kept: Catalogue, signed: Callable[[], bool]) -> None:
+    before = kept.identity("a")
+    kept.add("a", digits(), ["#tagged"], mock=Fakes(3, x=(0, 9), y=9), replace=True)
+    assert signed()
+    assert kept.identity("a") == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda catalogue: catalogue.add("a", digits(7), replace=True),
+        lambda catalogue: catalogue.add("a", digits(), unit="person", person="y", replace=True),
+        lambda catalogue: (catalogue.remove("a"), catalogue.add("a", digits(7))),
+        lambda catalogue: (catalogue.remove("a"), catalogue.add("a", digits())),
+    ],
+    ids=["other data", "another unit", "removed, and other data", "removed"],
+)
+def test_other_data_needs_the_signature_again(
+    kept: Catalogue, tmp_path: Path, signed: Callable[[], bool], change: Callable[[Catalogue], Any]
+) -> None:
+    assert signed()
+    old = (tmp_path / POLICY_FOLDER / "a.signed").read_bytes()
+    change(kept)
+    assert not signed()
+    (tmp_path / POLICY_FOLDER / "a.signed").write_bytes(old)
+    assert not signed()
+    key = OwnerKey.load(tmp_path)
+    made = draft(tmp_path, "a", key.public)
+    assert made.policy.version > 1
+    sign(tmp_path, made, key)
+    assert signed()
+
+
+def test_a_policy_goes_before_its_data_does(
+    kept: Catalogue, signed: Callable[[], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash in between closes what was open, and never the other way round."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", crash_at(3))  # the description's; the second is of seen.json
+        with pytest.raises(Crash):
+            kept.add("a", digits(8), replace=True)
+    assert len(kept.columns("a")["y"]) == 6
+    assert not signed()
+
+
+def test_damaged_policies_do_not_keep_data_from_being_replaced(kept: Catalogue, tmp_path: Path) -> None:
+    kept.add("a", digits())
+    (tmp_path / POLICY_FOLDER).mkdir()
+    (tmp_path / POLICY_FOLDER / "a.signed").write_bytes(b"\xff?")
+    kept.add("a", digits(8), replace=True)
+    assert list((tmp_path / POLICY_FOLDER).glob("a.*")) == []

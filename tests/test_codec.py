@@ -36,6 +36,8 @@ from housecall.wire.messages import (
     Info,
     Load,
     Message,
+    Mock,
+    Mocked,
     Open,
     Owned,
     Put,
@@ -242,6 +244,7 @@ MESSAGES: tuple[Message, ...] = (
     Clear(),
     Open("heart"),
     Load("heart", (8, 9)),
+    Mock("heart"),
     Define(Program((Input("x", 1, TYPE, updates=True),), (CALL,), (("y", 6),), (("lr", 2),))),
     Run("5f" * 32, (1,), (8,), (0.5,)),
     Request((6,), "for the paper"),
@@ -253,7 +256,9 @@ RESULTS = (
     Types((ARRAY.type, FAILURE, None)),
     Found((Info(1, TensorType("complex64", (2, 3), (3, 1), 4, "cuda:0", conj=True, neg=True), ("#a",), "words"),)),
     Found(()),
-    Found((), (OWNED, OWNED)),
+    Found((), (OWNED, OWNED, msgspec.structs.replace(OWNED, unit="person", mock=9))),
+    Mocked((ARRAY, ARRAY)),
+    Mocked(()),
     Requested("request-1", "denied", "not for this"),
 )
 

@@ -17,7 +17,7 @@ from housecall.types import Ref
 from housecall.wire.messages import Failure, Frame, Load, Put
 from housecall.worker.gate import Gate
 from housecall.worker.ledger import Ledger
-from housecall.worker.policy import Policy
+from housecall.worker.policy import Budget, Policy
 from housecall.worker.worker import Worker
 
 OPEN = Policy.open_to("*")
@@ -79,6 +79,152 @@ def test_several_owners_are_joined() -> None:
     for dataset in (both, [owner.dataset("heart") for owner in owners]):
         loader = hc.FederatedDataLoader(dataset, batch_size=5)
         assert [x.location.id for x, _ in loader] == ["cleveland"] * 2 + ["zurich"] * 2
+
+
+def test_looking_around_asks_nobody(clinic: hc.VirtualWorker) -> None:
+    """The owner's policy is asked, and her ledger written, when a column is first used; once for each search."""
+    kinds = lambda: [sealed.entry.kind for sealed in clinic.owner.ledger.entries()]  # noqa: E731
+    found = [*clinic.search("#heart"), clinic.dataset("heart")]
+    both = found[0] + found[1]
+    loader = hc.FederatedDataLoader(both, batch_size=4, shuffle=True)
+    assert (len(both), len(loader), len(found[0]), repr(loader) != "") == (20, 6, 10, True)
+    clinic.session.wait()
+    assert kinds() == ["policy"]
+    assert clinic._objects == {}
+    assert not clinic.session.guarded
+    assert found[0].column("x").shape == (10, 4)
+    clinic.session.wait()
+    assert kinds() == ["policy", "run"]
+    assert clinic.session.guarded
+    assert len(list(loader)) == 6
+    assert found[0].column("y").sum().get() == 45
+    assert kinds() == ["policy", "run", "run", "release"]
+
+
+def test_what_may_not_be_used_may_be_found(clinic: hc.VirtualWorker) -> None:
+    clinic.add("closed", x=X, tags=["#closed"])
+    (found,) = clinic.search("#closed")
+    clinic.session.wait()
+    assert clinic.session.failures == 0
+    with pytest.raises(hc.OperatorError, match=r"does not let 'me' work on it") as caught:
+        (found.column("x") + 1).get()
+    assert "found.column" in caught.value.site
+
+
+def test_the_unit_of_privacy_is_said_and_whose_records_they_are_is_not(clinic: hc.VirtualWorker) -> None:
+    subjects = torch.arange(10) // 3
+    clinic.add("visits", x=X, y=Y, subject=subjects, unit="person", person="subject", policy=OPEN, replace=True)
+    found = clinic.dataset("visits")
+    assert (found.unit, clinic.dataset("heart").unit) == ("person", "record")
+    assert found.columns == {"x": "float32[4]", "y": "int64[]"}
+    assert repr(found).startswith("<dataset 'visits' (person) at clinic: 10 records")
+    with pytest.raises(hc.UsageError, match="'visits' has no column 'subject'; it has x, y"):
+        found.column("subject")
+    assert [len(batch) for batch in hc.FederatedDataLoader(found, batch_size=10)] == [2]
+    assert torch.equal(clinic.worker.catalogue.persons("visits"), subjects)
+    with pytest.raises(hc.UsageError, match="'heart' protects records"):
+        clinic.worker.catalogue.persons("heart")
+
+
+def test_labels_carry_the_unit_through_what_is_computed(clinic: hc.VirtualWorker) -> None:
+    clinic.add("visits", x=X, subject=Y, unit="person", person="subject", policy=OPEN)
+    both = clinic.dataset("visits").column("x") @ clinic.dataset("heart").column("x").t()
+    clinic.session.wait()
+    label = clinic._door.store.label(both.id_at_location)
+    assert str(label) == "heart + visits (person)"
+    assert (label.unit("heart"), label.unit("visits")) == ("record", "person")
+
+
+def test_a_column_that_is_to_be_seen_is_registered_twice(clinic: hc.VirtualWorker) -> None:
+    clinic.add("visits", x=X, subject=Y, who=Y, unit="person", person="subject", policy=OPEN)
+    assert torch.equal(clinic.dataset("visits").column("who").get(), Y)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"unit": "person"}, "name the column that says whose record each is, as in person='subject'"),
+        ({"person": "y"}, r"person='y' says whose record each is: .* needs unit='person'"),
+        ({"unit": "people", "person": "y"}, "is 'record' or 'person', found 'people'"),
+        ({"unit": "person", "person": "z"}, "no column 'z' for person=; it has x, y"),
+        ({"unit": "person", "person": "x"}, r"expected one whole number a record, found float32\[4\]"),
+    ],
+)
+def test_units_that_cannot_be_meant(clinic: hc.VirtualWorker, options: dict[str, str], reason: str) -> None:
+    with pytest.raises(hc.UsageError, match=reason):
+        clinic.add("visits", x=X, y=Y, **options)  # type: ignore[arg-type]  # that is what is tried
+    with pytest.raises(hc.UsageError, match="has no column but 'y', which stays with you"):
+        clinic.add("visits", y=Y, unit="person", person="y")
+    assert [found.name for found in clinic.search()] == ["heart"]
+
+
+def test_a_budget_by_record_does_not_fit_data_by_person(clinic: hc.VirtualWorker) -> None:
+    person = {"unit": "person", "person": "y"}
+    spends = Policy(budget=Budget(epsilon=1.0))
+    with pytest.raises(hc.PolicyError, match=r"'visits' protects persons, .* counts by record.* unit = \"person\""):
+        clinic.add("visits", x=X, y=Y, policy=spends, **person)  # type: ignore[arg-type]  # strings, both
+    assert [found.name for found in clinic.search()] == ["heart"]
+    clinic.add("visits", x=X, y=Y, policy=Policy(budget=Budget(epsilon=1.0, unit="person")), **person)  # type: ignore[arg-type]
+    clinic.add("records", x=X, policy=spends)
+    with pytest.raises(hc.PolicyError, match="policy of 'other' is a dict"):
+        clinic.add("other", x=X, policy={})  # type: ignore[arg-type]  # that is what is tried
+
+
+# -- other data under an old name --------------------------------------------------------------------------------
+
+ASKING = Policy(use=hc.Use(interactive=("me",)), release=hc.Release(approvals=True))
+GONE = "data set 'heart' was removed or replaced since this session loaded it"
+
+
+def test_what_derives_from_replaced_data_stays(clinic: hc.VirtualWorker) -> None:
+    clinic.add("heart", x=X, y=Y, policy=ASKING, replace=True)
+    found = clinic.dataset("heart")
+    before, approved = found.column("x").sum(), found.column("x").mean()
+    request = approved.request("for a figure")
+    clinic.owner.approve(clinic.owner.pending()[0].id)
+    clinic.add("heart", x=X * 0, y=Y, policy=OPEN, replace=True)
+    for taken in (before, approved, before + 1, found.column("y").clone()):
+        with pytest.raises(hc.PolicyError, match=GONE):
+            taken.get()
+    with pytest.raises(hc.OperatorError, match=GONE):
+        (before * 2).request("again")
+    with pytest.raises(hc.OperatorError, match=GONE):  # one session, one meaning of a name
+        clinic.dataset("heart").column("x").sum().get()
+    assert torch.ones(2).send(clinic).get().sum() == 2  # type: ignore[attr-defined]  # her own is hers
+    del request
+    clinic.clear()
+    assert clinic.dataset("heart").column("x").sum().get() == 0
+
+
+def test_removed_data_is_gone_for_sessions_too(clinic: hc.VirtualWorker) -> None:
+    total = clinic.dataset("heart").column("x").sum()
+    clinic.session.wait()
+    clinic.worker.catalogue.remove("heart")
+    with pytest.raises(hc.PolicyError, match=GONE):
+        total.get()
+
+
+def test_other_data_without_a_policy_is_closed(clinic: hc.VirtualWorker) -> None:
+    clinic.add("heart", x=X, replace=True)
+    with pytest.raises(hc.OperatorError, match="does not let 'me' work on it"):
+        clinic.dataset("heart").column("x").sum().get()
+
+
+def test_a_failed_replacement_leaves_data_and_policy(clinic: hc.VirtualWorker) -> None:
+    with pytest.raises(hc.UsageError, match="already"):
+        clinic.add("heart", x=X)
+    assert clinic.dataset("heart").column("x").sum().get() == X.sum()
+
+
+def test_randomness_that_drew_from_replaced_data_stays_labelled(clinic: hc.VirtualWorker) -> None:
+    drawn = torch.bernoulli(clinic.dataset("heart").column("x") / 40)
+    clinic.session.wait()
+    del drawn
+    clinic.add("heart", x=X * 0, y=Y, policy=OPEN, replace=True)
+    clinic.clear()
+    assert clinic._door.read != {}
+    with pytest.raises(hc.OperatorError, match=GONE):
+        clinic.dataset("heart").column("x").sum().get()
 
 
 def test_a_model_trains_on_it(clinic: hc.VirtualWorker) -> None:
@@ -179,3 +325,18 @@ def test_what_another_process_adds_is_found_over_the_wire(remote: Location) -> N
     with pytest.raises(hc.OperatorError, match=r"owner.* to be read; clone"):
         remote.session.wait()
     assert torch.equal(remote.dataset("heart").column("x").get(), X)
+
+
+def test_other_data_on_disk_needs_the_owners_signature_again(remote: Location) -> None:
+    remote.add("moving", x=X, policy=OPEN)  # type: ignore[attr-defined]  # a worker of the cluster
+    before = remote.dataset("moving").column("x").sum()
+    remote.session.wait()
+    remote.add("moving", x=X * 2, replace=True)  # type: ignore[attr-defined]  # as above
+    with pytest.raises(hc.PolicyError, match="'moving' was removed or replaced"):
+        before.get()
+    remote.clear()
+    with pytest.raises(hc.OperatorError, match="does not let 'me' work on it"):
+        remote.dataset("moving").column("x").sum().get()
+    remote.clear()
+    remote.add("moving", x=X * 2, policy=OPEN, mock=hc.Fakes(2), replace=True)  # type: ignore[attr-defined]  # as above
+    assert remote.dataset("moving").column("x").sum().get() == X.sum() * 2

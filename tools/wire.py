@@ -52,6 +52,7 @@ ANSWERS = {
     "Describe": "`Types`",
     "Search": "`Found`",
     "Open": "`Found`",
+    "Mock": "`Mocked`",
     "Request": "`Requested`",
     "Status": "`Requested`",
 }

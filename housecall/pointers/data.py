@@ -26,7 +26,7 @@ CHUNK = 256  # records collated at once while a data set is read: bounds the mem
 
 
 class Part:
-    """What one worker holds: `columns`, each a pointer of shape (records, ...), in the structure of a sample."""
+    """What one worker holds: `columns`, in the structure of a sample."""
 
     def __init__(self, location: Any, columns: list[PointerTensor], structure: Any) -> None:
         lengths = {len(column) for column in columns}
@@ -35,8 +35,13 @@ class Part:
                 f"the columns at '{location.id}' have {sorted(lengths)} records; they must have as many each"
             )
         self.location = location
-        self.columns = columns
         self.structure = structure
+        self._columns = columns
+
+    @property
+    def columns(self) -> list[PointerTensor]:
+        """Pointers, (records, ...) each."""
+        return self._columns
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -233,7 +238,8 @@ def _collate(dataset: Dataset[Any], indices: Sequence[int]) -> tuple[list[torch.
     """The records as columns, (records, ...) each. Filled chunk by chunk, so the data is in memory once."""
     if isinstance(dataset, TensorDataset):
         picked = torch.as_tensor(list(indices))
-        return tree_flatten(tuple(column.detach().index_select(0, picked) for column in dataset.tensors))
+        picked_columns = [column.detach().index_select(0, picked) for column in dataset.tensors]
+        return picked_columns, tree_flatten(dataset[0])[1]
     columns: list[torch.Tensor] = []
     structure: Any = None
     for start in range(0, len(indices), CHUNK):

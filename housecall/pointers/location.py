@@ -53,7 +53,7 @@ class Location:
 
     def search(self, *tags: str) -> list[PointerTensor | OwnedDataset]:
         """What carries all of these tags here: pointers to values of this session, in order of tagging, then the data
-        sets that the worker's owner registered. One round trip."""
+        sets that the worker's owner registered. One round trip; looking uses none of their data, and asks no policy."""
         found = self.session.ask(Search(tags))
         if not isinstance(found, Found):
             return []

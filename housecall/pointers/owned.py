@@ -7,12 +7,13 @@ from typing import Any
 
 from torch.utils._pytree import tree_flatten
 
-from ..errors import UsageError
+from ..errors import DataError, UsageError
 from ..program.outcome import spec
 from ..types import TensorType
-from ..wire.messages import Column, Load, Owned
+from ..wire.messages import Column, Load, Mock, Mocked, Owned
 from .calls import point
 from .data import FederatedDataset, Part
+from .mock import MockDataset, by_hand, mock_of
 from .session import Slot
 from .tensor import PointerTensor
 
@@ -21,18 +22,17 @@ __all__ = ["OwnedDataset"]
 
 class OwnedDataset(FederatedDataset):
     """A data set that a worker's owner registered there. It never was here: `FederatedDataLoader` gives pointers to its
-    batches, and `a.dataset("heart") + b.dataset("heart")` joins what several owners have.
+    batches, and `a.dataset("heart") + b.dataset("heart")` joins what several owners have. The owner's policy is asked
+    when a column is first used, not before: to look around is free.
 
-    `name`, `tags`, `description`, `count` and `columns` (name -> dtype and shape of one record) say what it is."""
+    `name`, `tags`, `description`, `count` and `columns` (name -> dtype and shape of one record) say what it is; `unit`
+    says what its owner protects, a "record" or a "person"; `mock()` gives made-up records."""
 
     def __init__(self, location: Any, owned: Owned) -> None:
-        slots = [Slot(location.session, spec(_whole(owned.count, column))) for column in owned.columns]
-        location.session.tell(Load(owned.name, tuple(slot.id for slot in slots)))
-        location.session.guarded = True
-        columns = [point(PointerTensor, slot) for slot in slots]
-        _, structure = tree_flatten(tuple(columns) if len(columns) > 1 else columns[0])
-        super().__init__([Part(location, columns, structure)])
+        super().__init__([_Lent(location, owned)])
+        self._owned = owned
         self.name, self.tags, self.description, self.count = owned.name, owned.tags, owned.description, owned.count
+        self.unit = owned.unit
         self.columns = {column.name: f"{column.dtype}{list(column.shape)}" for column in owned.columns}
 
     @property
@@ -42,15 +42,58 @@ class OwnedDataset(FederatedDataset):
 
     def column(self, name: str) -> PointerTensor:
         """A pointer to a whole column, (records, ...)."""
-        try:
-            return self.parts[0].columns[list(self.columns).index(name)]
-        except ValueError:
-            raise UsageError(f"'{self.name}' has no column {name!r}; it has {', '.join(self.columns)}") from None
+        if name not in self.columns:
+            raise UsageError(f"'{self.name}' has no column {name!r}; it has {', '.join(self.columns)}")
+        return self.parts[0].columns[list(self.columns).index(name)]
+
+    def mock(self) -> MockDataset:
+        """Made-up records of the same schema, here, to write programs on: no policy is asked, and nothing of the data
+        is touched. Raises `DataError` if the owner gives none, with what to do instead."""
+        if not self._owned.mock:
+            schema = ", ".join(f"{name}: {kind}" for name, kind in self.columns.items())
+            raise DataError(
+                f"the owner of data set '{self.name}' at '{self.location.id}' gives no mock of it. Its records are "
+                f"{schema}; make some up: {by_hand(self._owned)}"
+            )
+        found = self.location.session.ask(Mock(self.name))
+        assert isinstance(found, Mocked)
+        return mock_of(self._owned, self.location.id, found)
 
     def __repr__(self) -> str:
         columns = ", ".join(f"{name}: {kind}" for name, kind in self.columns.items())
         tags = f" {' '.join(self.tags)}" if self.tags else ""
-        return f"<dataset '{self.name}' at {self.location.id}: {self.count:,} records of {columns}{tags}>"
+        of = " (person)" if self.unit == "person" else ""
+        mock = f", mock of {self._owned.mock:,}" if self._owned.mock else ""
+        return f"<dataset '{self.name}'{of} at {self.location.id}: {self.count:,} records of {columns}{tags}{mock}>"
+
+
+class _Lent(Part):
+    """The part at an owner's worker: its columns are asked for when one is first used."""
+
+    def __init__(self, location: Any, owned: Owned) -> None:
+        names = tuple(column.name for column in owned.columns)
+        _, self.structure = tree_flatten(names if len(names) > 1 else names[0])
+        self.location, self._owned = location, owned
+        self._columns: list[PointerTensor] = []
+
+    @property
+    def columns(self) -> list[PointerTensor]:
+        """Pointers to the columns: the first time, the owner's policy is asked for them."""
+        if not self._columns:
+            session = self.location.session
+            with session.lock:
+                if not self._columns:
+                    self._columns = self._load(session)
+        return self._columns
+
+    def _load(self, session: Any) -> list[PointerTensor]:
+        slots = [Slot(session, spec(_whole(self._owned.count, column))) for column in self._owned.columns]
+        session.tell(Load(self._owned.name, tuple(slot.id for slot in slots)))
+        session.guarded = True
+        return [point(PointerTensor, slot) for slot in slots]
+
+    def __len__(self) -> int:
+        return self._owned.count
 
 
 def _whole(count: int, column: Column) -> TensorType:

@@ -15,7 +15,7 @@ import msgspec
 
 from ..errors import CodecError
 from ..types import TensorType
-from .messages import Array, Blob, Control, Found, Frame, Message, Put, Reply, Result, Seed, Types, Value
+from .messages import Array, Blob, Control, Found, Frame, Message, Mocked, Put, Reply, Result, Seed, Types, Value
 
 __all__ = [
     "ITEM_BYTES",
@@ -99,6 +99,8 @@ def arrays(body: Frame | Reply) -> Iterator[Array]:
             yield item.state
         elif isinstance(item, Value):
             yield from (array for array in item.arrays if isinstance(array, Array))
+        elif isinstance(item, Mocked):
+            yield from item.columns
 
 
 def with_arrays(body: Body, change: Callable[[Array], Array]) -> Body:
@@ -122,6 +124,8 @@ def _changed(message: Message, change: Callable[[Array], Array]) -> Message:
 def _changed_result(result: Result, change: Callable[[Array], Array]) -> Result:
     if isinstance(result, Value):
         return Value(tuple([change(item) if isinstance(item, Array) else item for item in result.arrays]))
+    if isinstance(result, Mocked):
+        return Mocked(tuple([change(column) for column in result.columns]))
     return result
 
 

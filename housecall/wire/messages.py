@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from ..program.call import Call, Program
-from ..types import Struct, TensorType
+from ..types import Struct, TensorType, Unit
 
 __all__ = [
     "Ack",
@@ -35,6 +35,8 @@ __all__ = [
     "Info",
     "Load",
     "Message",
+    "Mock",
+    "Mocked",
     "Open",
     "Owned",
     "Put",
@@ -164,6 +166,13 @@ class Load(Struct, frozen=True, tag="load", tag_field="t"):
     ids: tuple[int, ...]
 
 
+class Mock(Struct, frozen=True, tag="mock", tag_field="t"):
+    """Ask for the mock of one of the worker's own data sets: records that its owner made up, or chose, for whoever
+    finds it. Answered by `Mocked`. No message binds a mock to a slot: it never stands in the place of the data."""
+
+    name: str
+
+
 class Request(Struct, frozen=True, tag="request", tag_field="t"):
     """Ask the worker's owner to let these values out, with a reason in words. Answered by `Requested`."""
 
@@ -194,6 +203,7 @@ Message = (
     | Clear
     | Open
     | Load
+    | Mock
 )
 
 
@@ -246,13 +256,16 @@ class Column(Struct, frozen=True):
 
 
 class Owned(Struct, frozen=True, tag="owned", tag_field="t"):
-    """A data set that the worker's owner registered: what may be said of it without a value."""
+    """A data set that the worker's owner registered: what may be said of it without a value. `unit` is what its owner
+    protects, `mock` the number of records of its mock, 0 if it has none."""
 
     name: str
     columns: tuple[Column, ...]
     count: Count
     tags: tuple[str, ...]
     description: str
+    unit: Unit = "record"
+    mock: Count = 0
 
 
 class Found(Struct, frozen=True, tag="found", tag_field="t"):
@@ -260,6 +273,12 @@ class Found(Struct, frozen=True, tag="found", tag_field="t"):
 
     slots: tuple[Info, ...]
     owned: tuple[Owned, ...] = ()
+
+
+class Mocked(Struct, frozen=True, tag="mocked", tag_field="t"):
+    """The answer to `Mock`: its columns, in the order of the schema, all of one count of records."""
+
+    columns: tuple[Array, ...]
 
 
 class Requested(Struct, frozen=True, tag="requested", tag_field="t"):
@@ -270,7 +289,7 @@ class Requested(Struct, frozen=True, tag="requested", tag_field="t"):
     words: str
 
 
-Result = Requested | Value | Types | Found
+Result = Requested | Value | Types | Found | Mocked
 
 
 class Reply(Struct, frozen=True):

@@ -8,18 +8,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import tomli_w
 import torch
 from msgspec import Meta
 
-from ..errors import UsageError
-from ..types import TensorType
+from ..errors import PolicyError, UsageError
+from ..types import Label, TensorType, Unit
 from ..wire.codec import ITEM_BYTES
+from .policy import Policy
 
-__all__ = ["Owned", "describe", "dtype_name", "from_text", "is_name", "plain", "record_type", "to_text"]
+__all__ = [
+    "Described",
+    "Owned",
+    "check_unit",
+    "check_words",
+    "describe",
+    "dtype_name",
+    "from_text",
+    "is_name",
+    "plain",
+    "record_type",
+    "to_text",
+]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 _TAG = re.compile(r"#[A-Za-z0-9][A-Za-z0-9._:/-]{0,62}", re.ASCII)
@@ -31,7 +44,9 @@ class Owned(msgspec.Struct, frozen=True):
 
     `columns`: name -> the type of one record, so a batch of n is `(n, *shape)`. `classes`: column -> the values that
     its integers number; they stand in the data, so whoever answers for the owner decides whether they may be told.
-    `sources`: column -> what the places of its dimension 1 are, where it was grouped from several.
+    `sources`: column -> what the places of its dimension 1 are, where it was grouped from several. `withheld`: the one
+    column that says whose record each is, where the unit of privacy is a person; it is with the data, and never lent.
+    `mock`: the number of records of its mock, 0 if it has none.
     """
 
     name: str
@@ -42,6 +57,26 @@ class Owned(msgspec.Struct, frozen=True):
     created: datetime
     classes: dict[str, tuple[str, ...]] = {}
     sources: dict[str, tuple[str, ...]] = {}
+    withheld: dict[str, TensorType] = {}
+    mock: int = 0
+
+    @property
+    def unit(self) -> Unit:
+        """What is protected: a record, or all records of a person."""
+        return "person" if self.withheld else "record"
+
+    @property
+    def label(self) -> Label:
+        """What is computed from it bears this."""
+        return Label((self.name,), (self.name,) if self.withheld else ())
+
+
+class Described(NamedTuple):
+    """What a description on disk says: the data set, and the SHA-256 of its elements' file and of its mock's."""
+
+    owned: Owned
+    digest: str
+    mock: str = ""
 
 
 class _Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,6 +85,13 @@ class _Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     shape: tuple[int, ...]
     sources: tuple[str, ...] = ()
+
+
+class _Mock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A mock as the description of its data set has it; its columns are of the same types."""
+
+    count: int
+    sha256: str
 
 
 class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,6 +104,9 @@ class _Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
     columns: dict[str, _Column]
     classes: dict[str, tuple[str, ...]] = {}
+    unit: Unit = "record"
+    person: str = ""
+    mock: _Mock | None = None
 
 
 def is_name(name: str) -> bool:
@@ -77,6 +122,9 @@ def describe(
     classes: Mapping[str, tuple[str, ...]] | None,
     sources: Mapping[str, tuple[str, ...]] | None,
     created: datetime,
+    *,
+    unit: Unit = "record",
+    person: str = "",
 ) -> Owned:
     """The description of a data set whose columns are these. `UsageError` for what is unfit, by name."""
     if not is_name(name):
@@ -89,8 +137,57 @@ def describe(
         raise UsageError(f"the description of '{name}' must be printable text of at most 10,000 characters")
     count = _count(name, columns)
     types = {column: record_type(tensor) for column, tensor in columns.items()}
+    _check_person(name, types, unit, person)
+    withheld = {person: types.pop(person)} if person else {}
     created = created.astimezone(UTC).replace(microsecond=0)
-    return Owned(name, types, count, tags, description, created, dict(classes or {}), dict(sources or {}))
+    return Owned(name, types, count, tags, description, created, dict(classes or {}), dict(sources or {}), withheld)
+
+
+def _check_person(name: str, types: Mapping[str, TensorType], unit: str, person: str) -> None:
+    """Whether the unit of privacy is one, and the data says where it ends."""
+    if unit not in ("record", "person"):
+        raise UsageError(f"the unit of data set '{name}' is 'record' or 'person', found {unit!r}")
+    if unit == "person" and not person:
+        raise UsageError(
+            f"data set '{name}' protects persons: name the column that says whose record each is, as in "
+            "person='subject'; it stays with you"
+        )
+    if person and unit == "record":
+        raise UsageError(f"person={person!r} says whose record each is: data set '{name}' needs unit='person' with it")
+    if not person:
+        return
+    if person not in types:
+        raise UsageError(f"data set '{name}' has no column {person!r} for person=; it has {', '.join(types)}")
+    if types[person].shape or not re.fullmatch(r"u?int\d+", types[person].dtype):
+        raise UsageError(
+            f"column '{person}' of data set '{name}' says whose record each is: expected one whole number a record, "
+            f"found {types[person]}"
+        )
+    if len(types) == 1:
+        raise UsageError(f"data set '{name}' has no column but '{person}', which stays with you")
+
+
+def check_words(**options: object) -> None:
+    """Refuse a column that was named like an option of `add`: it would be taken for that."""
+    for word, value in options.items():
+        if isinstance(value, torch.Tensor):
+            raise UsageError(
+                f"{word}= is an option of add, and found a tensor: a column cannot be called so here; the words "
+                f"taken are {', '.join(options)}"
+            )
+
+
+def check_unit(owned: Owned, policy: Policy) -> None:
+    """Refuse a policy whose budget counts by record what its data set protects by person: who has many records would
+    be protected by a fraction. Raises `PolicyError`. A budget of nothing counts nothing, whatever its unit."""
+    if not isinstance(policy, Policy):
+        raise PolicyError(f"the policy of '{owned.name}' is a {type(policy).__name__}, expected a housecall.Policy")
+    budget = policy.budget
+    if owned.unit == "person" and budget.unit == "record" and (budget.epsilon or budget.delta):
+        raise PolicyError(
+            f"data set '{owned.name}' protects persons, and the budget of its policy counts by record: a person with "
+            'many records would pay for one of them. Write unit = "person" under [budget]'
+        )
 
 
 def _count(name: str, columns: Mapping[str, torch.Tensor]) -> int:
@@ -141,10 +238,10 @@ def dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def to_text(owned: Owned, digest: str) -> str:
-    """The description as TOML; `digest` is the SHA-256 of the file that holds the elements."""
+def to_text(owned: Owned, digest: str, mock: str = "") -> str:
+    """The description as TOML; `digest` and `mock` are the SHA-256 of the files with the elements and the mock's."""
     columns: dict[str, dict[str, Any]] = {}
-    for name, type_ in owned.columns.items():
+    for name, type_ in (*owned.columns.items(), *owned.withheld.items()):
         columns[name] = {"dtype": type_.dtype, "shape": list(type_.shape)}
         if name in owned.sources:
             columns[name]["sources"] = list(owned.sources[name])
@@ -156,26 +253,35 @@ def to_text(owned: Owned, digest: str) -> str:
         "sha256": digest,
         "columns": columns,
     }
+    if owned.withheld:
+        description |= {"unit": owned.unit, "person": next(iter(owned.withheld))}
+    if owned.mock:
+        description["mock"] = {"count": owned.mock, "sha256": mock}
     if owned.classes:
         description["classes"] = {name: list(values) for name, values in owned.classes.items()}
     return "# A data set of this worker; `housecall worker` writes this file.\n" + tomli_w.dumps(description)
 
 
-def from_text(name: str, text: str) -> tuple[Owned, str]:
-    """The description that a TOML text holds, and the digest in it. ValueError says what is wrong with it."""
+def from_text(name: str, text: str) -> Described:
+    """The description that a TOML text holds. ValueError says what is wrong with it."""
     described = msgspec.toml.decode(text, type=_Description)  # its errors are ValueErrors
     _check(described)
+    types = {column: _type(of.dtype, of.shape) for column, of in described.columns.items()}
+    withheld = {described.person: types.pop(described.person)} if described.person else {}
+    mock = described.mock
     owned = Owned(
         name,
-        {column: _type(of.dtype, of.shape) for column, of in described.columns.items()},
+        types,
         described.count,
         described.tags,
         described.description,
         described.created,
         described.classes,
         {column: of.sources for column, of in described.columns.items() if of.sources},
+        withheld,
+        mock.count if mock else 0,
     )
-    return owned, described.sha256
+    return Described(owned, described.sha256, mock.sha256 if mock else "")
 
 
 def _check(described: _Description) -> None:
@@ -188,3 +294,10 @@ def _check(described: _Description) -> None:
     for column, of in described.columns.items():
         if of.dtype not in ITEM_BYTES or min(of.shape, default=1) < 1:
             raise ValueError(f"column '{column}' has no type that travels")
+    try:
+        types = {column: _type(of.dtype, of.shape) for column, of in described.columns.items()}
+        _check_person("", types, described.unit, described.person)
+    except UsageError:
+        raise ValueError("unit and person do not fit each other, or the columns") from None
+    if described.mock and (described.mock.count < 1 or not _DIGEST.fullmatch(described.mock.sha256)):
+        raise ValueError("the mock has no records, or no SHA-256")

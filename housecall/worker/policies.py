@@ -33,7 +33,7 @@ from .files import locked, make_folder, read, replace
 from .policy import DENY, Policy
 from .signing import SIGNATURE_BYTES, OwnerKey, verify
 
-__all__ = ["POLICY_FOLDER", "Draft", "Policies", "Seen", "draft", "policy_names", "sign", "standing"]
+__all__ = ["POLICY_FOLDER", "Draft", "Policies", "Seen", "draft", "policy_names", "sign", "standing", "unsign"]
 
 log = logging.getLogger(__name__)
 
@@ -347,3 +347,17 @@ def sign(folder: str | os.PathLike[str], made: Draft, key: OwnerKey, *, seen: Se
         signature = key.sign(_message(made.name, made.text))
         replace(place / f"{made.name}.toml", made.text)
         replace(place / f"{made.name}.signed", made.text + _MARK + signature.hex().encode() + b"\n")
+
+
+def unsign(folder: str | os.PathLike[str], name: str) -> None:
+    """Take the signature under a policy away, since what it was signed for is gone: nothing is permitted until the
+    owner signs again, a later version, so that the old file put back counts for nothing. What she wrote stays."""
+    path = Path(folder) / POLICY_FOLDER / f"{name}.signed"
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return
+    seen = Seen(folder)
+    with contextlib.suppress(PolicyError):  # a damaged one counts for nothing anyway
+        seen.note(name, max(seen.last(name), _parsed(text, path.name).version) + 1, b"")
+    path.unlink(missing_ok=True)

@@ -17,11 +17,12 @@ from collections.abc import Callable, Generator
 import msgspec
 import torch
 
-from ..errors import LimitError, ProgramError, UsageError
+from ..errors import LimitError, PolicyError, ProgramError, UsageError
 from ..program.call import HOLE, Call, text
 from ..program.run import Randomness, computing, execute
 from ..program.typing import type_of
-from ..types import PUBLIC, Label, TensorType
+from ..transport.arrays import share
+from ..types import PUBLIC, TensorType
 from ..wire import messages as wire
 from ..wire.messages import (
     Array,
@@ -36,6 +37,8 @@ from ..wire.messages import (
     Heard,
     Load,
     Message,
+    Mock,
+    Mocked,
     Open,
     Put,
     Reply,
@@ -108,7 +111,14 @@ class Worker:
 def _described(owned: Owned) -> wire.Owned:
     """What a scientist may know of a data set."""
     columns = tuple(wire.Column(name, type_.dtype, type_.shape) for name, type_ in owned.columns.items())
-    return wire.Owned(owned.name, columns, owned.count, owned.tags, owned.description)
+    return wire.Owned(owned.name, columns, owned.count, owned.tags, owned.description, owned.unit, owned.mock)
+
+
+def _replaced(name: str) -> str:
+    return (
+        f"data set '{name}' was removed or replaced since this session loaded it: what derives from the old data stays "
+        "at the worker. Let go of it (`worker.clear()`, or a new session), and look the data set up anew"
+    )
 
 
 def _bound_by(message: Message) -> tuple[int, ...]:
@@ -131,6 +141,7 @@ class WorkerSession:
         self.worker = worker
         self.who = who
         self.id = secrets.token_hex(8)
+        self.read: dict[str, str] = {}  # data sets that were loaded -> the identity of the data that they were then
         self.asked: dict[str, str] = {}  # what `_key` calls a value -> the digest of the request that it is part of
         self.store = Store()
         self.randomness = Randomness()
@@ -238,8 +249,8 @@ class WorkerSession:
             case Fetch(ids=ids):
                 if meter is not None:
                     meter.check_question(ids)
-                opening = Opening(self.worker.gate, self.who)
-                results.append(Value(tuple(self._released(ref, opening) for ref in ids)))
+                opening, gone = Opening(self.worker.gate, self.who), self._gone()
+                results.append(Value(tuple(self._released(ref, opening, gone) for ref in ids)))
             case Request(ids=ids, reason=reason):
                 if meter is not None:
                     meter.check_question(ids)
@@ -268,14 +279,21 @@ class WorkerSession:
                 self._found(Found((), (_described(self.worker.catalogue.owned(name)),)), results)
             case Load(name=name, ids=ids):
                 self._load(name, ids)
+            case Mock(name=name):
+                results.append(self._mock(name))
             case Clear():
                 self.store.clear()
+                self.read = {name: data for name, data in self.read.items() if name in self.store.drawn.sources}
             case Define(program=program):
                 self.plans.define(program)
 
     def _load(self, name: str, ids: tuple[int, ...]) -> None:
+        identity = self.worker.catalogue.identity(name)
         self.worker.gate.load(self.who, name)
-        columns = self.worker.catalogue.columns(name)
+        columns, label, found = self.worker.catalogue.lent(name)
+        if found != identity:  # what was permitted was of other data
+            raise PolicyError(_replaced(name))
+        self._note_read(name, found)
         if len(ids) != len(columns) or len(set(ids)) != len(ids):
             raise ProgramError(f"data set '{name}' has {len(columns)} columns; {len(ids)} ids were to be bound: {ids}")
         for ref in ids:
@@ -289,11 +307,30 @@ class WorkerSession:
             if away:
                 self.store[ref] = column.to(device)
                 self.store.count(ref, self.store[ref])
-                self.store.mark((ref,), Label((name,)), failed=False)
+                self.store.mark((ref,), label, failed=False)
             else:
-                self.store.lend(ref, column, Label((name,)))
+                self.store.lend(ref, column, label)
             if self.meter is not None:
                 self.meter.history.lent(ref, f"{name}.{title}", self.store)
+
+    def _note_read(self, name: str, identity: str) -> None:
+        """In one session a name means one data set. Raises `PolicyError` if this is another one."""
+        if self.read.setdefault(name, identity) != identity:
+            raise PolicyError(_replaced(name))
+
+    def _gone(self) -> frozenset[str]:
+        """The data sets that were removed or replaced since this session loaded them. The rules of what bears the name
+        now are not theirs, so what derives from them stays."""
+        identity = self.worker.catalogue.identity
+        return frozenset([name for name, data in self.read.items() if identity(name) != data])
+
+    def _mock(self, name: str) -> Mocked:
+        """What an owner gives to whoever asks: no policy is asked, and it is no value of this session."""
+        columns = self.worker.catalogue.mock(name)
+        if self.meter is not None:
+            for column in columns.values():
+                self.meter.check_release(column)
+        return Mocked(tuple([share(column) for column in columns.values()]))
 
     def _found(self, found: Found, results: list[Result]) -> None:
         if self.meter is not None:
@@ -308,6 +345,8 @@ class WorkerSession:
             keys.append(self._key(ref))
         if self.meter is None or not label:
             raise UsageError("these values derive from nobody's data: fetch them, there is nothing to ask")
+        for name in sorted(self._gone().intersection(label.sources)):
+            raise PolicyError(_replaced(name))
         digest = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
         history = self.meter.history
         program = text(history.program(ids, self.store))
@@ -325,7 +364,7 @@ class WorkerSession:
             raise ProgramError(f"%{ref} holds no value")
         return f"{self.id}/{self.store.bindings.get(ref, 0)}/{cell.writes}"
 
-    def _released(self, ref: int, opening: Opening) -> Array | Failure:
+    def _released(self, ref: int, opening: Opening, gone: frozenset[str]) -> Array | Failure:
         value = self._held(ref)
         if isinstance(value, Failure):
             return value
@@ -335,6 +374,9 @@ class WorkerSession:
             except LimitError as error:
                 return Failure(0, 0, "fetch", f"{type(error).__name__}: {error}", writes=False)
         cell = self.store.cells.get(ref)
+        if cell is not None and gone and not gone.isdisjoint(cell.label.sources):
+            name = min(gone.intersection(cell.label.sources))
+            return Failure(0, 0, "release", _replaced(name), writes=False)
         digest = self.asked.get(self._key(ref), "") if cell is not None and cell.label and self.asked else ""
         return release(value, cell, opening, digest)
 

@@ -15,8 +15,9 @@ from housecall.program import forecast, ops
 from housecall.program.ops import _parse
 from housecall.program.run import _runner, execute
 from housecall.types import PUBLIC
-from housecall.worker import history, limits, policies, private, store
+from housecall.worker import catalogue, history, limits, policies, private, store
 from housecall.worker.approvals import Approval, Requests
+from housecall.worker.catalogue import Catalogue
 from housecall.worker.gate import Gate, Opening
 from housecall.worker.limits import Meter
 from housecall.worker.store import Store
@@ -142,6 +143,23 @@ def _kept_by_id(cells: bool) -> tuple[Any, ...]:
     )
 
 
+def _with_withheld(self: Catalogue, name: str) -> Any:
+    lent = _lent(self, name)
+    return lent._replace(columns=self._columns(name).columns)
+
+
+_lent = Catalogue.lent
+
+
+def _unlooked_at(path: Any, owned: Any, digest: str) -> Any:
+    """A mock's file, whatever it is now."""
+    return catalogue._mapped(path, owned.name, owned.columns, owned.mock)
+
+
+def _note_anew(self: WorkerSession, name: str, identity: str) -> None:
+    self.read[name] = identity
+
+
 _TABLE = {
     **ops.table(),
     **{
@@ -194,6 +212,12 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "ledger": (patch.object(Gate, "_note", _silent_note),),
     "signatures": (patch.object(policies, "verify", lambda public, message, signature: True),),
     "versions": (patch.object(policies.Seen, "check", lambda self, name, version, text: True),),
+    "mocks apart": (patch.object(Catalogue, "_mock", Catalogue._columns),),
+    "mock's file": (patch.object(catalogue, "_load_mock", _unlooked_at),),
+    "withheld": (patch.object(Catalogue, "lent", _with_withheld),),
+    "replaced": (patch.object(WorkerSession, "_gone", lambda self: frozenset()),),
+    "one meaning": (patch.object(WorkerSession, "_note_read", _note_anew),),
+    "signed for the data": (patch.object(catalogue, "unsign", lambda folder, name: None),),
     "limits": (patch.object(limits, "_number", lambda limit: math.inf),),
     "table": (patch.object(ops, "table", lambda: _TABLE),),
 }

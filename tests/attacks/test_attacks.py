@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import by_data
 import by_frames
 import by_owners_word
 import by_pointers
@@ -11,7 +12,7 @@ from hostile import ATTACKS, World
 
 from housecall.worker import history
 
-__all__ = ["by_frames", "by_owners_word", "by_pointers"]
+__all__ = ["by_data", "by_frames", "by_owners_word", "by_pointers"]
 
 
 @pytest.fixture(autouse=True)
