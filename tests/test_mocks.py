@@ -57,6 +57,12 @@ def test_ranges_hold_and_reach_their_ends() -> None:
     assert mock["y"].unique().tolist() == [0, 1, 2]
 
 
+def test_columns_whose_names_are_taken_are_made_up_too() -> None:
+    data = {"seed": Y, "records": Y, "a b": Y}
+    mock = fitted("data", types(**data), data, Fakes(9, {"seed": 1, "records": (5, 5), "a b": (7, 7)}))
+    assert [column.unique().tolist() for column in mock.values()] == [[0], [5], [7]]
+
+
 def test_the_largest_numbers_are_made_up() -> None:
     data = {"x": torch.zeros(2, dtype=torch.uint64), "y": torch.zeros(2, dtype=torch.int64)}
     top = 2**63 - 2
@@ -76,6 +82,8 @@ def test_what_is_made_up_does_not_depend_on_the_data_nor_on_the_callers_generato
     [
         (lambda: Fakes(0), "at least one record"),
         (lambda: Fakes(True), "at least one record"),
+        (lambda: Fakes(seed=(0, 1)), "for columns of these names write Fakes"),  # type: ignore[arg-type]  # tried
+        (lambda: Fakes(ranges=(0, 1)), "for columns of these names write Fakes"),  # type: ignore[arg-type]  # tried
         (lambda: Fakes(x=(1, 0)), r"range of column 'x' is \(least, greatest\).* found \(1, 0\)"),
         (lambda: Fakes(x=(0, float("nan"))), "range of column 'x'"),
         (lambda: Fakes(x=0), "range of column 'x'"),

@@ -17,10 +17,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from housecall.cli import _catalogue
+from housecall.cli.policy import app as policies
 from housecall.cli.worker import app
-from housecall.errors import DataError, HousecallError, UsageError
+from housecall.errors import DataError, HousecallError, PolicyError, UsageError
 from housecall.worker.catalogue import Catalogue
 from housecall.worker.config import CONFIG_FILE, Config, Identity, Limits, Sandbox
+from housecall.worker.policies import POLICY_FOLDER, standing
+from housecall.worker.policy import Budget, Policy
+from housecall.worker.signing import public_key
 
 
 def run(*arguments: str | Path, fails: bool = False, answer: str | None = None) -> str:
@@ -180,6 +184,126 @@ def test_a_table_is_shown_as_it_will_be(clinic: Path) -> None:
 def test_a_column_with_a_comma_is_named_in_quotes(clinic: Path) -> None:
     (clinic / "a.csv").write_text('"carcinoma, NOS",age\n1,30\n')
     assert "x is made of age, carcinoma, NOS" in run("add", "a", "a.csv", "--columns", 'x=age, "carcinoma, NOS"')
+
+
+# -- mocks, and whose records they are --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def visits(clinic: Path) -> Path:
+    """A table of visits, and one of made-up visits that has not all of its words."""
+    (clinic / "visits.csv").write_text("pid,age,sex,ward\na,30,f,north\nb,40,m,east\na,31,f,east\n")
+    (clinic / "fakes.csv").write_text("age,sex,ward\n50,m,north\n60,m,north\n")
+    return clinic
+
+
+TABLE = ("--columns", "x=age,sex", "--columns", "ward=ward", "--label", "sex", "--label", "ward")
+
+
+def test_a_mock_is_read_as_the_data_is(visits: Path) -> None:
+    output = run("add", "visits", "visits.csv", *TABLE, "--mock", "fakes.csv", "--dtype", "x=float32")
+    assert "a mock of 2 records, for whoever finds the data set" in output
+    assert "RECORDS OF THE DATA" not in output
+    catalogue = Catalogue(visits)
+    assert catalogue.columns("visits")["ward"].tolist() == [1, 0, 0]
+    mock = catalogue.mock("visits")
+    assert mock["ward"].tolist() == [1, 1]  # north, as in the data; the only ward of its file
+    assert mock["x"].tolist() == [[50, 1], [60, 1]]
+    assert mock["x"].dtype == torch.float32
+    (line,) = [line for line in run("list").splitlines() if "visits" in line]
+    assert [cell.strip() for cell in line.strip("│┃ ").split("│")][1:5] == ["3", "record", "x: float32[2]", "2"]
+    assert run("check") == "visits: whole\n"
+
+
+def test_a_mock_is_generated_of_what_is_public(visits: Path) -> None:
+    ranges = ("--range", "x=0:90", "--range", "ward=2")
+    output = run("add", "visits", "visits.csv", *TABLE, "--mock", "generated", "--mock-records", "500", *ranges)
+    assert "a mock of 500 records" in output
+    mock = Catalogue(visits).mock("visits")
+    assert mock["x"].unique().tolist() == list(range(91))
+    assert mock["ward"].unique().tolist() == [0, 1]
+
+
+def test_whose_records_they_are_stays_with_the_owner(visits: Path) -> None:
+    person = ("--columns", "who=pid", "--label", "pid", "--person", "who")
+    output = run("add", "visits", "visits.csv", *TABLE, *person, "--mock", "fakes.csv")
+    assert "who says whose record each is, and stays with you" in output
+    catalogue = Catalogue(visits)
+    assert (catalogue.owned("visits").unit, list(catalogue.owned("visits").columns)) == ("person", ["x", "ward"])
+    assert list(catalogue.mock("visits")) == ["x", "ward"]
+    assert catalogue.persons("visits").tolist() == [0, 1, 0]
+    assert "person" in run("list")
+
+
+def test_real_records_in_a_mock_are_counted(visits: Path) -> None:
+    (visits / "fakes.csv").write_text("age,sex,ward\n30,f,north\n60,m,north\n30,f,east\n30,f,north\n")
+    output = run("add", "visits", "visits.csv", *TABLE, "--mock", "fakes.csv")
+    assert "2 OF THEM ARE RECORDS OF THE DATA, TOO" in output
+    with pytest.raises(UsageError, match="would give away real records: it is the data itself"):
+        run("add", "visits", "visits.csv", *TABLE, "--mock", "visits.csv", "--replace")
+
+
+def test_without_a_mock_that_is_said(clinic: Path) -> None:
+    assert "no mock: who finds it cannot try a program out" in run("add", "a", "digits.npz")
+    assert "none" in run("list")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--mock", "generated"), r"column 'x' is uint8, .* --range x=0:9"),
+        (("--mock", "generated", "--mock", "digits.npz"), "--mock generated stands alone"),
+        (("--range", "x=0:1"), "pass --mock generated with them"),
+        (("--mock", "digits.npz", "--mock-records", "3"), "pass --mock generated with them"),
+        (("--mock", "generated", "--range", "x"), "--range x: expected a form such as y=0:2"),
+        (("--mock", "generated", "--range", "x=a"), "--range x=a: expected a form such as x=0:1.5"),
+        (("--mock", "generated", "--range", "x=1:2:3"), "--range x=1:2:3: expected a form"),
+        (("--mock", "generated", "--range", "x=2:1"), r"\(least, greatest\).* found \(2, 1\)"),
+        (("--mock", "generated", "--range", "z=0:1"), "a range is given for z, but 'mnist' has x, y"),
+        (("--mock", "missing.npz"), "there is no file or folder missing.npz"),
+        (("--mock", "digits.npz"), "it is the data itself"),
+        (("--person", "z"), "no column 'z' for person="),
+        (("--person", "x"), "expected one whole number a record"),
+    ],
+)
+def test_mocks_and_units_that_cannot_be_meant(clinic: Path, options: tuple[str, ...], reason: str) -> None:
+    with pytest.raises(HousecallError, match=reason):
+        run("add", "mnist", "digits.npz", *options)
+    assert Catalogue(clinic).names() == ()
+
+
+def test_a_word_of_the_mock_that_the_data_has_not(visits: Path) -> None:
+    (visits / "fakes.csv").write_text("age,sex,ward\n50,m,west\n")
+    with pytest.raises(UsageError, match=r"'ward' of the mock has west, which the data has not: .* east = 0, north = 1"):
+        run("add", "visits", "visits.csv", *TABLE, "--mock", "fakes.csv")
+
+
+def test_a_signed_policy_is_for_the_data_that_it_was_signed_for(clinic: Path) -> None:
+    run("add", "a", "digits.npz")
+    (clinic / POLICY_FOLDER).mkdir(exist_ok=True)
+    policy = clinic / POLICY_FOLDER / "a.toml"
+    policy.write_text(Policy.open_to("alice").text())
+    CliRunner().invoke(policies, ["sign", "a", "--yes"])
+    assert standing(clinic, "a", public_key(clinic))[1] == ""
+    assert "Nothing is permitted" not in run("add", "a", "digits.npz", "--replace", "--tags", "new")
+    assert standing(clinic, "a", public_key(clinic))[1] == ""
+    said = "Nothing is permitted on 'a': its policy is not signed for this data."
+    assert said in run("add", "a", "digits.npz", "--replace", "--columns", "y=y")
+    assert "not signed" in standing(clinic, "a", public_key(clinic))[1]
+    assert said in run("remove", "a")
+    assert policy.is_file()
+
+
+def test_a_budget_by_record_is_not_signed_for_data_by_person(visits: Path) -> None:
+    run("add", "visits", "visits.csv", *TABLE, "--columns", "who=pid", "--label", "pid", "--person", "who")
+    (visits / POLICY_FOLDER).mkdir(exist_ok=True)
+    policy = visits / POLICY_FOLDER / "visits.toml"
+    policy.write_text(Policy(budget=Budget(epsilon=1.0)).text())
+    result = CliRunner().invoke(policies, ["sign", "visits", "--yes"])
+    assert isinstance(result.exception, PolicyError)
+    assert "'visits' protects persons" in str(result.exception)
+    policy.write_text(Policy(budget=Budget(epsilon=1.0, unit="person")).text())
+    assert CliRunner().invoke(policies, ["sign", "visits", "--yes"]).exit_code == 0
 
 
 def test_what_is_left_out_and_what_is_wide_is_said(clinic: Path) -> None:

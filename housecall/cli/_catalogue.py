@@ -6,8 +6,8 @@ What is printed here is the owner's own terminal: the least and the greatest val
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,16 +18,37 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from ..errors import DataError
+from ..errors import DataError, UsageError
 from ..worker.catalogue import Catalogue, Owned
+from ..worker.mocks import Fakes, Range
+from ..worker.policies import POLICY_FOLDER
 from ..worker.readers.files import read
 from ..worker.readers.records import Records, Request
 
-__all__ = ["Addition", "discard", "show", "store", "verify"]
+__all__ = ["Addition", "Mock", "discard", "show", "store", "verify"]
 
 _STEP_BYTES = 64 << 20  # of a column are looked at together, so that a mapped file is not copied whole
 _CLASSES = 20
 _BAR_FROM = 200  # fewer items are done before a bar is seen
+
+
+@dataclass(frozen=True)
+class Mock:
+    """What the options say: the `files` that it is read from, or how it is made up. Neither: there is none."""
+
+    files: tuple[Path, ...] = ()
+    fakes: Fakes | None = None
+
+    @classmethod
+    def of(cls, words: Sequence[str], records: int | None, ranges: Mapping[str, Range]) -> Mock:
+        """What `--mock`, `--mock-records` and `--range` say together. `UsageError` if they contradict each other."""
+        if list(words) == ["generated"]:
+            return cls((), Fakes(100 if records is None else records, ranges))
+        if "generated" in words:
+            raise UsageError("--mock generated stands alone; for a file of this name write --mock ./generated")
+        if ranges or records is not None:
+            raise UsageError("--range and --mock-records say how a mock is made up: pass --mock generated with them")
+        return cls(tuple(map(Path, words)))
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,8 @@ class Addition:
     missing: Literal["refuse", "nan"]
     size: tuple[int, int] | None
     dtypes: Mapping[str, str]
+    mock: Mock
+    person: str
     replace: bool
 
 
@@ -59,28 +82,79 @@ def store(folder: Path, addition: Addition, *, ask: bool) -> bool:
         "description": addition.description,
         "classes": records.classes,
         "sources": records.sources,
+        "mock": _mock(addition, request, records),
+        "unit": "person" if addition.person else "record",
+        "person": addition.person,
         "replace": addition.replace,
     }
     planned = Catalogue().register(addition.name, records.columns, **options)  # what is unfit is refused before asking
     if not addition.replace and addition.name in (*catalogue.names(), *catalogue.damaged()):
         raise DataError(f"there is a data set '{addition.name}' already: choose another name, or pass --replace")
-    _preview(console, planned, records)
+    _preview(console, planned, records, options["mock"])
     if ask and not _agreed(f"Store it in {folder}?"):
         console.print("Nothing was stored.")
         return False
     catalogue.add(addition.name, records.columns, **options)
     console.print(f"Data set '{escape(addition.name)}' is stored: {planned.count:,} records.", highlight=False)
+    _say_unsigned(folder, addition.name)
     return True
+
+
+def _mock(addition: Addition, request: Request, records: Records) -> Any:
+    """The mock that was asked for, as `Catalogue.add` takes it: files are read as the data was, and words get the
+    numbers that they have there."""
+    if not addition.mock.files:
+        return addition.mock.fakes
+    person = addition.person
+    theirs = request.columns.get(person, (person,))
+    request = replace(
+        request,
+        columns={name: sources for name, sources in request.columns.items() if name != person},
+        labels=tuple(name for name in request.labels if name not in theirs),
+        dtypes={name: dtype for name, dtype in request.dtypes.items() if name != person},
+    )
+    mock = read(addition.mock.files, request)
+    mock.columns.pop(person, None)
+    for name, values in mock.classes.items():
+        if name != person:
+            _renumber(mock, name, values, records.classes.get(name, ()))
+    return mock.columns
+
+
+def _renumber(mock: Records, name: str, values: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Give the classes of a mock's column the numbers that they have in the data."""
+    unknown = [value for value in values if value not in known]
+    if unknown:
+        raise UsageError(
+            f"column '{name}' of the mock has {', '.join(unknown[:3])}, which the data has not: its values are "
+            f"{_numbered(known)}"
+        )
+    target, _, source = name.partition(".") if name not in mock.columns else (name, "", "")
+    column = mock.columns[target]
+    part = column[:, mock.sources[target].index(source)] if source else column
+    part.copy_(torch.tensor([known.index(value) for value in values])[part.long()])
+
+
+def _say_unsigned(folder: Path, name: str) -> None:
+    """After a change of data: a policy that was signed for what is gone counts no more."""
+    policies = folder / POLICY_FOLDER
+    if (policies / f"{name}.toml").is_file() and not (policies / f"{name}.signed").is_file():
+        typer.secho(
+            f"Nothing is permitted on '{name}': its policy is not signed for this data. Look at it, then: housecall "
+            f"worker policy sign {name}",
+            fg="yellow",
+        )
 
 
 def show(folder: Path) -> None:
     """All data sets, by name, without a value."""
     console = Console()
     catalogue = Catalogue(folder)
-    table = Table("data set", "records", "columns", "tags", "description", "added")
+    table = Table("data set", "records", "unit", "columns", "mock", "tags", "description", "added")
     for owned in catalogue.search():
         columns = "\n".join(f"{name}: {type_}" for name, type_ in owned.columns.items())
-        cells = (owned.name, f"{owned.count:,}", columns, " ".join(owned.tags), owned.description)
+        mock = f"{owned.mock:,}" if owned.mock else "none"
+        cells = (owned.name, f"{owned.count:,}", owned.unit, columns, mock, " ".join(owned.tags), owned.description)
         table.add_row(*map(escape, cells), f"{owned.created:%Y-%m-%d}")
     damaged = catalogue.damaged()
     if table.row_count or not damaged:
@@ -100,6 +174,7 @@ def discard(folder: Path, name: str, *, ask: bool) -> bool:
         return False
     catalogue.remove(name)
     typer.echo(f"Data set '{name}' is removed.")
+    _say_unsigned(folder, name)
     return True
 
 
@@ -132,10 +207,10 @@ def _progress(console: Console) -> Any:
     return shown
 
 
-def _preview(console: Console, owned: Owned, records: Records) -> None:
-    """Everything that will be stored: schema, counts, extent, class numbers, and what was left out."""
+def _preview(console: Console, owned: Owned, records: Records, mock: Any) -> None:
+    """Everything that will be stored: schema, counts, extent, class numbers, the mock, and what was left out."""
     table = Table("column", "dtype", "shape of a record", "least", "greatest", "NaN", title=f"{owned.name}")
-    for name, type_ in owned.columns.items():
+    for name, type_ in (*owned.columns.items(), *owned.withheld.items()):
         least, greatest, nans = _extent(records.columns[name])
         shape = " × ".join(map(str, type_.shape)) or "one value"
         table.add_row(escape(name), type_.dtype, shape, least, greatest, f"{nans:,}" if nans else "")
@@ -143,6 +218,8 @@ def _preview(console: Console, owned: Owned, records: Records) -> None:
     lines = [f"{owned.count:,} records" + (f", tags {' '.join(owned.tags)}" if owned.tags else ", no tags")]
     lines += [f"{name} is made of {', '.join(sources)}" for name, sources in owned.sources.items()]
     lines += [f"{name} numbers {_numbered(values)}" for name, values in owned.classes.items()]
+    lines += [f"{name} says whose record each is, and stays with you" for name in owned.withheld]
+    lines.append(_said_of(owned, records, mock))
     if records.left_out:
         lines.append(f"left out: {', '.join(records.left_out)}")
     lines += [
@@ -152,6 +229,33 @@ def _preview(console: Console, owned: Owned, records: Records) -> None:
     ]
     for line in lines:
         console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _said_of(owned: Owned, records: Records, mock: Any) -> str:
+    """What the owner should know of a mock before she stores it."""
+    if not owned.mock:
+        return "no mock: who finds it cannot try a program out (--mock generated, or --mock FILE)"
+    said = f"a mock of {owned.mock:,} records, for whoever finds the data set"
+    real = 0 if isinstance(mock, Fakes) else _real(records.columns, mock)
+    if not real:
+        return said
+    return f"{said}. {real:,} OF THEM ARE RECORDS OF THE DATA, TOO: unless that is by chance, give no such mock"
+
+
+def _real(columns: Mapping[str, torch.Tensor], mock: Mapping[str, torch.Tensor]) -> int:
+    """How many records of a mock are, in all that is offered, records of the data."""
+    made = set(_records(mock, mock))
+    found = made.intersection(_records(columns, mock))
+    return sum(record in found for record in _records(mock, mock))
+
+
+def _records(columns: Mapping[str, torch.Tensor], names: Iterable[str]) -> Iterator[bytes]:
+    """The bytes of each record."""
+    parts = [columns[name] for name in names]
+    each = max(sum(part[:1].numel() * part.element_size() for part in parts), 1)
+    for pieces in zip(*(part.split(max(_STEP_BYTES // each, 1)) for part in parts), strict=True):
+        flat = [piece.contiguous().reshape(len(piece), -1).view(torch.uint8) for piece in pieces]
+        yield from map(bytes, torch.cat(flat, 1).numpy())
 
 
 def _numbered(values: tuple[str, ...]) -> str:

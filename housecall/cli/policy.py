@@ -89,6 +89,7 @@ def sign(
     place = worker_folder(folder)
     key = owner_key(place)
     made = draft(place, name, key.public)
+    _check_unit(place, name, made.policy)
     if made.signed:
         typer.echo(f"{name}: version {made.policy.version} is signed already")
         return
@@ -115,6 +116,17 @@ def owner_key(place: Path) -> OwnerKey:
     made = OwnerKey.create(place)
     typer.echo(f"{place / KEY_FILE} is made: what it signs is your word. Keep a copy; it is for you alone.")
     return made
+
+
+def _check_unit(place: Path, name: str, policy: Policy) -> None:
+    """Refuse a budget that protects less than its data set asks for. Raises `PolicyError`."""
+    if policy.budget.unit == "record" and (policy.budget.epsilon or policy.budget.delta):
+        from ..worker.catalogue import Catalogue  # torch is imported here, so that other policies are signed quickly
+        from ..worker.owned import check_unit
+
+        catalogue = Catalogue(place)
+        if name in catalogue.names():
+            check_unit(catalogue.owned(name), policy)
 
 
 def _public(place: Path) -> bytes:

@@ -74,13 +74,25 @@ def add(
     ] = "refuse",
     dtype: Annotated[list[str] | None, typer.Option(help="x=float32 converts column x; repeat it.")] = None,
     size: Annotated[str | None, typer.Option(help="HxW in pixels, to which images are scaled.")] = None,
+    mock: Annotated[
+        list[str] | None,
+        typer.Option(help="Made-up records for whoever finds it: files, read as the data is, or the word 'generated'."),
+    ] = None,
+    range_: Annotated[
+        list[str] | None,
+        typer.Option("--range", help="y=0:2 generates y from 0 to 2. It is public: do not read it off the data."),
+    ] = None,
+    mock_records: Annotated[int | None, typer.Option(help="How many to generate.", show_default="100")] = None,
+    person: Annotated[
+        str, typer.Option(help="The column that says whose record each is: protects persons, and stays with you.")
+    ] = "",
     replace: Annotated[bool, typer.Option("--replace", help="Take the place of a data set of this name.")] = False,
     folder: Folder = None,
     yes: Yes = False,
 ) -> None:
     """Add a data set: it is read, shown as it will be, and stored once you agree."""
     place = worker_folder(folder)
-    from ._catalogue import Addition, store  # torch is imported here, so that --help stays quick
+    from ._catalogue import Addition, Mock, store  # torch is imported here, so that --help stays quick
 
     addition = Addition(
         name,
@@ -92,6 +104,8 @@ def add(
         missing=missing,
         size=_size(size),
         dtypes=dict(_pairs(dtype or (), "--dtype", "x=float32")),
+        mock=Mock.of(mock or (), mock_records, _ranges(range_ or ())),
+        person=person,
         replace=replace,
     )
     if not store(place, addition, ask=not yes):
@@ -156,6 +170,18 @@ def _pairs(texts: Sequence[str], option: str, example: str) -> list[tuple[str, s
     if len({key for key, _ in pairs}) < len(pairs):
         raise UsageError(f"{option} names one column twice: {', '.join(key for key, _ in pairs)}")
     return pairs
+
+
+def _ranges(texts: Sequence[str]) -> dict[str, int | tuple[float, float]]:
+    """What `--range` says: LEAST:GREATEST, or a number of classes."""
+    found: dict[str, int | tuple[float, float]] = {}
+    for text, (name, given) in zip(texts, _pairs(texts, "--range", "y=0:2"), strict=True):
+        try:
+            ends = [int(end) if re.fullmatch(r"[+-]?[0-9]+", end.strip()) else float(end) for end in given.split(":")]
+            found[name] = (ends[0], ends[1]) if len(ends) == 2 else int(*map(str, ends))
+        except (ValueError, TypeError):
+            raise UsageError(f"--range {text}: expected a form such as x=0:1.5, or y=3 for 0, 1 and 2") from None
+    return found
 
 
 def _names(text: str) -> tuple[str, ...]:

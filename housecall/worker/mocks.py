@@ -30,13 +30,21 @@ class Fakes:
 
     A column's range is (least, greatest), both included for whole numbers, or a number of classes: 3 is for 0, 1 and 2.
     It is public: say what you would say to anybody, not what you read off the data. Without one, floats are standard
-    normal and truths are tossed coins; whole numbers need one. The same `seed` makes the same records."""
+    normal and truths are tossed coins; whole numbers need one. Those of columns whose names are no Python names, or
+    taken here, go into `ranges`: `Fakes(100, {"seed": (0, 9)})`. The same `seed` makes the same records."""
 
-    def __init__(self, records: int = 100, *, seed: int = 0, **ranges: Range) -> None:
+    def __init__(
+        self, records: int = 100, ranges: Mapping[str, Range] | None = None, *, seed: int = 0, **more: Range
+    ) -> None:
         if isinstance(records, bool) or not isinstance(records, int) or records < 1:
             raise UsageError(f"a mock has at least one record; found records={records!r}")
+        if not isinstance(ranges, Mapping | None) or isinstance(seed, bool) or not isinstance(seed, int):
+            raise UsageError(
+                "ranges= of Fakes are ranges by column, and seed= is a number; for columns of these names write "
+                'Fakes(100, {"seed": (0, 9)})'
+            )
         self.records, self.seed = records, seed
-        self.ranges = {name: _checked(name, given) for name, given in ranges.items()}
+        self.ranges = {name: _checked(name, given) for name, given in {**(ranges or {}), **more}.items()}
 
     def __repr__(self) -> str:
         ranges = "".join(f", {name}={given}" for name, given in self.ranges.items())
