@@ -30,7 +30,7 @@ HEART, LABS = Label(("heart",)), Label(("labs",))
 # -- the algebra ------------------------------------------------------------------------------------------
 
 LABELS = st.lists(st.sampled_from(["heart", "labs", "voices"]), max_size=3).map(
-    lambda names: Label(tuple(sorted(set(names))))
+    lambda names: Label(tuple(sorted(set(names))), ("voices",) * ("voices" in names))
 )
 
 
@@ -42,11 +42,23 @@ def test_joining_is_a_semilattice(a: Label, b: Label, c: Label) -> None:
     assert a | a == a
     assert a | PUBLIC == a == PUBLIC | a
     assert bool(a) == (a != PUBLIC)
+    assert {name: (a | b).unit(name) for name in (a | b).sources} == {
+        name: "person" if name == "voices" else "record" for name in {*a.sources, *b.sources}
+    }
 
 
 def test_a_label_prints_its_sources() -> None:
     assert str(HEART | LABS) == "heart + labs"
+    assert str(Label(("voices",), ("voices",)) | HEART) == "heart + voices (person)"
     assert str(PUBLIC) == "public"
+
+
+def test_what_derives_from_the_same_shares_a_label() -> None:
+    """Each call joins labels: what joins nothing new makes none."""
+    both = HEART | LABS
+    assert both | Label(("heart", "labs")) is both
+    assert both | PUBLIC is both
+    assert PUBLIC | both is both
 
 
 # -- a session with private data ----------------------------------------------------------------------------

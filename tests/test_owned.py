@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -194,6 +195,23 @@ def test_what_derives_from_replaced_data_stays(clinic: hc.VirtualWorker) -> None
     del request
     clinic.clear()
     assert clinic.dataset("heart").column("x").sum().get() == 0
+
+
+def test_data_that_is_replaced_while_a_release_is_decided(clinic: hc.VirtualWorker) -> None:
+    """The rules of the new data are asked for a value of the old, by an unlucky thread: it stays."""
+    clinic.add("heart", x=X, y=Y, policy=ASKING, replace=True)
+    total = clinic.dataset("heart").column("x").sum()
+    clinic.session.wait()
+    ask = clinic.owner.gate.release
+
+    def unlucky(*args: Any) -> None:
+        clinic.owner.gate.release = ask  # type: ignore[method-assign]  # put back
+        clinic.add("heart", x=X * 0, y=Y, policy=OPEN, replace=True)
+        ask(*args)
+
+    clinic.owner.gate.release = unlucky  # type: ignore[method-assign]  # as above
+    with pytest.raises(hc.PolicyError, match=GONE):
+        total.get()
 
 
 def test_removed_data_is_gone_for_sessions_too(clinic: hc.VirtualWorker) -> None:

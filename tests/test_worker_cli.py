@@ -274,7 +274,9 @@ def test_mocks_and_units_that_cannot_be_meant(clinic: Path, options: tuple[str, 
 
 def test_a_word_of_the_mock_that_the_data_has_not(visits: Path) -> None:
     (visits / "fakes.csv").write_text("age,sex,ward\n50,m,west\n")
-    with pytest.raises(UsageError, match=r"'ward' of the mock has west, which the data has not: .* east = 0, north = 1"):
+    with pytest.raises(
+        UsageError, match=r"'ward' of the mock has west, which the data has not: .* east = 0, north = 1"
+    ):
         run("add", "visits", "visits.csv", *TABLE, "--mock", "fakes.csv")
 
 

@@ -155,8 +155,10 @@ class Catalogue:
     def identity(self, name: str) -> str:
         """What tells the data under this name from other data that had the name before, or will; empty without any."""
         with self._lock:
-            self._scan()
             entry = self._entries.get(name)
+            if entry is None or (entry.stat is not None and entry.stat != self._stamp(name)):
+                self._scan()
+                entry = self._entries.get(name)
         return "" if entry is None else entry.identity
 
     def check(self, name: str) -> None:
@@ -175,7 +177,7 @@ class Catalogue:
                 )
             _load(path, owned)
             if owned.mock:
-                self.mock(name)
+                _load_mock(self._data(name, entry.mock, ".mock"), owned, entry.mock)
         except OSError as error:
             raise DataError(f"data set '{name}' cannot be read: {error}") from None
 
@@ -286,15 +288,22 @@ class Catalogue:
             self._forget(name)
         for name, file in found.items():
             try:
-                status = file.stat()
+                stamp = _stamp(file.stat())
             except FileNotFoundError:
                 self._forget(name)
                 continue
-            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
             known = self._entries.get(name)
             if known is None or known.stat not in (None, stamp):  # what this process registered itself goes first
                 self._forget(name)
                 self._entries[name] = _entry(name, Path(file.path), stamp)
+
+    def _stamp(self, name: str) -> tuple[int, int, int] | None:
+        """Of the description of a set that is known to lie in the folder; None if it does not any more."""
+        assert self.folder is not None  # else it is in memory
+        try:
+            return _stamp((self.folder / f"{name}.toml").stat())
+        except FileNotFoundError:
+            return None
 
     def _forget(self, name: str) -> None:
         self._entries.pop(name, None)
@@ -411,6 +420,10 @@ def _identity(described: Described) -> str:
     """Of data on disk: another one for other elements, or another unit of privacy."""
     withheld = next(iter(described.owned.withheld), "")
     return hashlib.sha256(f"{described.digest} {withheld}".encode()).hexdigest()
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _with_mock(owned: Owned, mock: dict[str, torch.Tensor]) -> Owned:

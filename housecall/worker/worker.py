@@ -249,8 +249,7 @@ class WorkerSession:
             case Fetch(ids=ids):
                 if meter is not None:
                     meter.check_question(ids)
-                opening, gone = Opening(self.worker.gate, self.who), self._gone()
-                results.append(Value(tuple(self._released(ref, opening, gone) for ref in ids)))
+                results.append(Value(self._fetched(ids)))
             case Request(ids=ids, reason=reason):
                 if meter is not None:
                     meter.check_question(ids)
@@ -364,7 +363,18 @@ class WorkerSession:
             raise ProgramError(f"%{ref} holds no value")
         return f"{self.id}/{self.store.bindings.get(ref, 0)}/{cell.writes}"
 
-    def _released(self, ref: int, opening: Opening, gone: frozenset[str]) -> Array | Failure:
+    def _fetched(self, ids: tuple[int, ...]) -> tuple[Array | Failure, ...]:
+        opening, gone = Opening(self.worker.gate, self.who), self._gone()
+        found = [self._stays(ref, gone) or self._released(ref, opening) for ref in ids]
+        late = self._gone() - gone  # replaced while it was decided: by whose rules, nobody knows
+        return tuple([self._stays(ref, late) or item for ref, item in zip(ids, found, strict=True)] if late else found)
+
+    def _stays(self, ref: int, gone: frozenset[str]) -> Failure | None:
+        """The refusal of a value that derives from data which is gone."""
+        sources = gone.intersection(self.store.label(ref).sources) if gone else ()
+        return Failure(0, 0, "release", _replaced(min(sources)), writes=False) if sources else None
+
+    def _released(self, ref: int, opening: Opening) -> Array | Failure:
         value = self._held(ref)
         if isinstance(value, Failure):
             return value
@@ -374,9 +384,6 @@ class WorkerSession:
             except LimitError as error:
                 return Failure(0, 0, "fetch", f"{type(error).__name__}: {error}", writes=False)
         cell = self.store.cells.get(ref)
-        if cell is not None and gone and not gone.isdisjoint(cell.label.sources):
-            name = min(gone.intersection(cell.label.sources))
-            return Failure(0, 0, "release", _replaced(name), writes=False)
         digest = self.asked.get(self._key(ref), "") if cell is not None and cell.label and self.asked else ""
         return release(value, cell, opening, digest)
 
