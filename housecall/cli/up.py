@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from ..errors import UsageError
+from ..logs import write_logs
 from ..sandbox.environment import begin_again
 from .worker import Folder, worker_folder
 
@@ -33,7 +33,7 @@ def up(
     begin_again()
     from ..service import Service, confine, keep_memory, run  # torch is imported here, so that --help stays quick
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    write_logs()
     keep_memory()
     ports = () if where is None else (where[1],)
     sandbox = confine(place, listen=listen, plaintext=plaintext, ports=ports)
