@@ -35,6 +35,7 @@ from .identity.enrolment import authority_url
 from .identity.keeper import Keeper
 from .identity.names import target
 from .identity.revocation import Revocations
+from .logs import write_logs
 from .sandbox.environment import begin_again
 from .sandbox.limits import most_memory_mb
 from .sandbox.process import Needs, enter
@@ -50,6 +51,7 @@ from .worker.journal import LEDGER_FOLDER
 from .worker.limits import Limits
 from .worker.owner import gate_of
 from .worker.policies import POLICY_FOLDER
+from .worker.seat import Standing
 from .worker.signing import KEY_FILE, PUBLIC_FILE
 from .worker.worker import Worker
 
@@ -95,6 +97,8 @@ class Service:
             threads=self.threads,
             lease_s=config.lease_s,
             frame_bytes=config.limits.frame_mb * 1_000_000,
+            inbox_bytes=config.limits.inbox_mb * 1_000_000,
+            seats_each=config.limits.sessions,
         )
         try:
             self._listener = self._listening(where)
@@ -119,8 +123,10 @@ class Service:
         lists = [Revocations(path, keeper.current().ca) for path in self.config.revocation_lists(self.folder)]
         threading.Thread(target=keeper.run, args=(self._closing,), name="housecall-keeper", daemon=True).start()
 
-        def admits(who: Principal) -> bool:
-            return utc_now() < who.not_after and not any(one.revoked(who.serial) for one in lists)
+        def standing(who: Principal) -> Standing:
+            if any(one.revoked(who.serial) for one in lists):
+                return "revoked"
+            return "good" if utc_now() < who.not_after else "ended"
 
         def identified(context: Any) -> Principal:
             try:
@@ -128,7 +134,7 @@ class Service:
             except IdentityError as error:
                 raise PermissionError(str(error)) from None
 
-        self.host.admits = admits
+        self.host.standing = standing
         return Listener(where, self.host.serve, server_credentials(keeper.current), identified)
 
     def status(self) -> dict[str, Any]:
@@ -193,6 +199,7 @@ def _limits(config: Config) -> Limits:
         session_bytes=given.session_mb * 1_000_000,
         slots=given.slots,
         call_bytes=given.call_mb * 1_000_000,
+        call_flops=given.call_gflop * 1_000_000_000,
         compute_s=given.compute_s,
         reply_bytes=given.frame_mb * 1_000_000,
     )
@@ -275,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, default=0, help="end when this process is no longer the parent")
     given = parser.parse_args(arguments)
     begin_again()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    write_logs()
     keep_memory()
     folder = Path(given.folder).resolve()
     try:

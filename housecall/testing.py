@@ -424,7 +424,7 @@ class World:
             with seat.changed:
                 seat.changed.wait_for(lambda seat=seat: seat.stream == 0, self.faults.linger_s)  # type: ignore[misc]  # a lambda's default
         self.clock.advance(self._lease_s + 1)
-        self.host.expire()
+        self.host.tidy()
 
     def close(self) -> None:
         """Close the sessions, without faults, and the host."""

@@ -386,10 +386,10 @@ def test_who_comes_back_within_the_lease_finds_everything() -> None:
         with seat.changed:
             assert seat.changed.wait_for(lambda: seat.stream == 0, PATIENCE)
         world.clock.advance(59)
-        world.host.expire()
+        world.host.tidy()
         assert within(counter.add_(1).get).tolist() == [1.0] * 3
         world.clock.advance(1000)  # present, so no lease runs
-        world.host.expire()
+        world.host.tidy()
         assert len(world.host.seats) == 1
 
 

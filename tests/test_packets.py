@@ -577,7 +577,7 @@ def test_a_host_outlives_everybody_who_lies_to_it(host: Host, clock: Clock) -> N
     assert host.turns.wait_idle(60)
     assert {"welcome", "protocol", "session"} <= set(ends), ends
     clock.now += host.lease_s + 1
-    host.expire()
+    host.tidy()
     # A seat that no stream ever entered is another matter: see the test below.
     assert [left.principal for left in host.seats if left.streams] == ["alice"]
     alice.close()
@@ -608,7 +608,7 @@ def test_a_refused_hello_leaves_no_seat(host: Host, clock: Clock) -> None:
     (said,) = host.serve(iter([control(Hello(PROTOCOL, "", 5, "x"))]), "mallory")
     assert isinstance(read_control(said), Refused)
     clock.now += host.lease_s + 1
-    host.expire()
+    host.tidy()
     assert host.seats == ()
 
 

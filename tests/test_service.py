@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import housecall as hc
 from housecall.cli.main import app
 from housecall.cli.status import read_status
 from housecall.errors import UsageError
+from housecall.identity.authority import Authority
 from housecall.metrics import serve_metrics
 from housecall.service import STATUS_FILE, Service
 from housecall.transport.grpc import Address, address, dial, is_loopback
@@ -147,3 +149,53 @@ def test_plain_text_has_to_be_asked_for() -> None:
         hc.connect("grpcs://127.0.0.1:7443")
     with pytest.raises(UsageError, match="credentials"):
         dial(Address("127.0.0.1", 1, secure=True), None)
+
+
+# -- over mutual TLS --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority.create(tmp_path / "ca", "fed")
+
+
+def secured(folder: Path, authority: Authority, *, keys: str = "identity", rest: str = "") -> Service:
+    """The worker of a folder with keys of its own, in the folder that worker.toml names."""
+    (folder / "worker.toml").write_text(
+        f'name = "clinic"\nlisten = "127.0.0.1:0"\n{rest}\n[identity]\nfolder = "{keys}"\n'
+    )
+    authority.identity("clinic", "worker", ("127.0.0.1",)).save(folder / keys)
+    return Service(folder)
+
+
+@pytest.mark.parametrize("keys", ["identity", "elsewhere/keys"])
+def test_who_is_revoked_is_cut_without_a_restart_though_idle(folder: Path, authority: Authority, keys: str) -> None:
+    service = secured(folder, authority, keys=keys)
+    alice, bob = (authority.identity(name, "scientist") for name in ("alice", "bob"))
+    with hc.connect(f"grpcs://{service.address}", alice) as hers, hc.connect(f"grpcs://{service.address}", bob) as his:
+        x, y = torch.ones(3).send(hers), torch.ones(3).send(his)
+        hers.session.wait()
+        authority.revoke("alice")
+        shutil.copy(authority.folder / "crl.pem", folder / keys / "crl.pem")
+        (seat,) = (seat for seat in service.host.seats if "alice" in seat.principal)
+        with seat.changed:
+            assert seat.changed.wait_for(lambda: seat.end is not None, 30)  # nothing is asked meanwhile
+        with pytest.raises(hc.WorkerGone, match="no longer admits this identity: its certificate was revoked"):
+            x.get()
+        assert y.get().tolist() == [1.0] * 3
+    with pytest.raises(hc.WorkerGone, match="revoked"):
+        hc.connect(f"grpcs://{service.address}", alice)
+    service.close(1)
+
+
+def test_limits_of_the_folder_are_the_hosts(folder: Path) -> None:
+    (folder / "worker.toml").write_text(
+        'name = "clinic"\nlisten = "127.0.0.1:0"\n[limits]\nsessions = 2\ninbox_mb = 8\ncall_gflop = 3\n'
+    )
+    service = Service(folder, plaintext=True)
+    assert service.host.worker.limits.call_flops == 3 * 10**9
+    assert service.host.blobs.total == 8_000_000
+    url = f"grpc://{service.address}"
+    with hc.connect(url), hc.connect(url), pytest.raises(hc.WorkerGone, match="holds 2 sessions of anonymous already"):
+        hc.connect(url)
+    service.close(1)

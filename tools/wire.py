@@ -17,7 +17,7 @@ import torch
 
 from housecall.program.call import Arg, Call, Complex, Input, Items, Program, Symbol
 from housecall.transport import grpc, stream
-from housecall.transport.parcel import INLINE, INLINE_TOGETHER, MAX_BLOB_BYTES, packed
+from housecall.transport.parcel import HEAD_COST, INLINE, INLINE_TOGETHER, MAX_BLOB_BYTES, packed
 from housecall.types import Ref, TensorType
 from housecall.wire import codec, packets
 from housecall.wire.messages import (
@@ -41,7 +41,8 @@ from housecall.wire.messages import (
     Value,
     Welcome,
 )
-from housecall.worker import host
+from housecall.worker import host, room
+from housecall.worker.config import Limits
 from housecall.worker.host import Host
 
 PAGE = Path(__file__).parent.parent / "docs" / "wire.md"
@@ -60,11 +61,15 @@ SENDERS = {"Hello": "client", "Welcome": "worker", "Refused": "worker", "Ack": "
 PARTS = (Array, Blob, TensorType, Ref, Complex, Symbol, Items, Program, Input, Failure, Info, Owned, Column)
 CODES = {
     "version": "`Hello.version` is not the worker's; `reason` says which is",
-    "identity": "the certificate was revoked or has expired: at the beginning, or at any frame",
-    "session": "the worker was restarted, the lease has ended, or the token is another's: these are not told apart",
+    "identity": "the certificate was revoked: at a Hello, at a frame, before a step of one or a packet of an answer, "
+    "and within two seconds where nothing happens; or it has ended, at a Hello",
+    "session": "the worker was restarted, the lease has ended, or the token is another's: these are not told apart; or "
+    "the worker had an error of its own, and says so",
     "draining": "the worker shuts down: no new sessions; those there are get the replies to what was done first",
-    "protocol": "something arrived that this page does not allow; the session is over",
-    "limit": "the worker has as many sessions as it takes",
+    "protocol": "something arrived that this page does not allow; the session is over, but for a Hello: then only its "
+    "stream is, and a session that it was to resume stays",
+    "limit": "the worker has as many sessions as it takes, or as it takes of this principal; or the session's answers "
+    "that nobody has read, or a frame whose rest does not come, take more room than they may: then it is over",
 }
 EXAMPLES: tuple[tuple[str, tuple[bytes, ...]], ...] = (
     ("The client asks for a new session", (packets.control(Hello(stream.PROTOCOL, "", 0, "another client 1.0")),)),
@@ -220,7 +225,7 @@ def limits() -> str:
         ("head", bytes_text(codec.MAX_HEAD_BYTES), "`read_begin`, from the declared length: nothing is kept yet"),
         (
             "tensors as blobs, of one frame together",
-            f"`Welcome.frame_bytes`; {bytes_text(MAX_BLOB_BYTES)} unless the owner says otherwise",
+            f"`Welcome.frame_bytes`; {Limits().frame_mb:,} MB unless the owner says otherwise (`frame_mb`)",
             "the assembler, from the declared sizes: nothing is allocated yet",
         ),
         ("tensors as blobs, of one reply together", bytes_text(MAX_BLOB_BYTES), "the same, at the client"),
@@ -235,11 +240,42 @@ def limits() -> str:
         ("time until a stream's Hello", f"{host.HELLO_S:g} s", "the worker"),
         ("frames that came and wait for their turn", f"{host.INBOX_FRAMES}", "the worker: it reads no further"),
         (
+            "tensors of all frames that are on their way or wait for their turn, of all sessions together",
+            f"{Limits().inbox_mb:,} MB unless the owner says otherwise (`inbox_mb`); one principal has half of it, one "
+            "session a quarter; a single frame has room whatever its size, when it is alone",
+            "the worker: it reads no further, oldest first",
+        ),
+        (
+            "their heads, each byte counted as what it may become",
+            f"{host.HEAD_BYTES // HEAD_COST:,} bytes, shared likewise",
+            "the same",
+        ),
+        (
+            "a frame that is on its way while others wait for its room",
+            f"{room.ARRIVAL_S:g} s, and 1 s more for each {room.ARRIVAL_RATE / 1e6:g} MB of its tensors",
+            "the worker: `Refused`, code `limit`",
+        ),
+        (
+            "answers of one session that were not acknowledged",
+            "`Welcome.frame_bytes`, and one answer more",
+            "the worker: `Refused`, code `limit`",
+        ),
+        (
             "frames sent and not answered",
             f"{stream.WINDOW_FRAMES}, or {bytes_text(stream.WINDOW_BYTES)}",
             "the client: it sends no further",
         ),
         ("sessions of a worker", f"{defaults['seats']:,}", "the worker: `Refused`, code `limit`"),
+        (
+            "sessions of one principal",
+            f"{defaults['seats_each']} unless the owner says otherwise (`sessions`)",
+            "the worker: `Refused`, code `limit`",
+        ),
+        (
+            "streams at a time, and so sessions that are not away",
+            f"{inspect.signature(grpc.Listener).parameters['streams'].default}",
+            "the worker: gRPC's `RESOURCE_EXHAUSTED`; a client may try again",
+        ),
         ("lease", f"`Welcome.lease_s`; {defaults['lease_s']:g} s unless the owner says otherwise", "the worker"),
         (
             "silence of the network",

@@ -42,19 +42,38 @@ def host_and_port(text: str, name: str) -> tuple[str, int]:
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What one session may use of the machine. More is refused, call by call; nothing dies of it. MB are 10^6 bytes."""
+    """What one session may use of the machine, and one principal. More is refused, call by call; nothing dies of it.
+    MB are 10^6 bytes."""
 
     session_mb: Annotated[
         int, Meta(ge=1, le=10**9, description="Memory that one session's tensors may hold together, in MB.")
     ] = 4_000
     slots: Annotated[int, Meta(ge=1, le=10**9, description="Tensors that one session may hold at a time.")] = 100_000
     call_mb: Annotated[int, Meta(ge=1, le=10**9, description="Memory that one call's outputs may take, in MB.")] = 2_000
+    call_gflop: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10**9,
+            description="Operations that one call may take, in 10^9: one that runs cannot be stopped, and others wait.",
+        ),
+    ] = 2_000
     compute_s: Annotated[
         float, Meta(gt=0, le=10**9, description="Computing time that one session may use, in seconds.")
     ] = 86_400.0
     frame_mb: Annotated[
         int, Meta(ge=1, le=10**6, description="Largest frame that is taken from the wire, its tensors included, in MB.")
     ] = 4_000
+    inbox_mb: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=10**6,
+            description="Tensors of all frames that are on their way or wait, in MB: one principal has half, "
+            "one session a quarter.",
+        ),
+    ] = 4_000
+    sessions: Annotated[int, Meta(ge=1, le=4096, description="Sessions that one principal may have at a time.")] = 64
 
 
 class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -106,6 +125,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     lease_s: Annotated[
         float, Meta(gt=0, le=10**7, description="Seconds for which the session of a client that is gone is kept.")
     ] = 300.0
+    drain_s: Annotated[
+        float, Meta(ge=0, le=10**5, description="Seconds that what has come may take to be done when the worker ends.")
+    ] = 30.0
     limits: Limits = Limits()
     identity: Identity = Identity()
     sandbox: Sandbox = Sandbox()

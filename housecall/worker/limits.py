@@ -53,7 +53,7 @@ class Limits(msgspec.Struct, frozen=True):
     session_bytes: int | None = 4_000_000_000
     slots: int | None = 100_000
     call_bytes: int | None = 2_000_000_000
-    call_flops: int | None = 20_000_000_000_000
+    call_flops: int | None = 2_000_000_000_000
     compute_s: float | None = 86_400.0
     reply_bytes: int | None = 4_000_000_000
 

@@ -26,6 +26,9 @@ class Job(Protocol):
     def steps(self) -> Iterator[None] | None:
         """The work to go on with, step by step; `None` if there is none just now."""
 
+    def failed(self, error: Exception) -> None:
+        """A step raised what no step should: the job has to see that it is not given another."""
+
 
 class Turns:
     """Runs jobs in turn on a thread of its own, until `close`. `threads` is torch's, within one operation; 0 leaves
@@ -55,13 +58,15 @@ class Turns:
         with self._changed:
             return self._changed.wait_for(lambda: not self._ring and not self._running, timeout)
 
-    def close(self) -> None:
-        """End after the present slice; what is left does not run."""
+    def close(self, timeout: float | None = None) -> bool:
+        """End after the present slice; what is left does not run. Whether it has ended within `timeout` seconds: an
+        operator that runs cannot be stopped."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         if self._threads:
@@ -84,6 +89,9 @@ class Turns:
         started = self._clock()
         try:
             return self._until(job, started + self._slice_s)
+        except Exception as error:  # one job's: the others have their turns
+            job.failed(error)
+            return False
         finally:
             self.busy_s += self._clock() - started
 
