@@ -18,6 +18,9 @@ _COUNTERS = {
     "resumed": "Sessions resumed after a break.",
     "expired": "Sessions whose lease ended.",
     "refused": "Streams refused.",
+    "failed_calls": "Messages that failed, refusals among them.",
+    "refused_calls": "Messages refused: limits, policies, unknown operators.",
+    "late": "Sessions cut since a frame of theirs did not come on while others waited.",
     "frames": "Frames done.",
     "messages": "Messages in them.",
     "bytes_in": "Bytes of frames that came.",
@@ -37,6 +40,10 @@ class StatusCollector:
         for name, text in _COUNTERS.items():
             yield CounterMetricFamily(f"housecall_{name}", text, value=status["counters"].get(name, 0))
         yield CounterMetricFamily("housecall_busy_seconds", "Time spent computing.", value=status["busy_s"])
+        yield CounterMetricFamily("housecall_restarts", "Its process was started anew.", value=status["restarts"])
+        if (certificate := status["certificate"]) is not None:
+            until = certificate["until"]
+            yield GaugeMetricFamily("housecall_certificate_until_seconds", "When its certificate ends.", value=until)
         sessions = status["sessions"]
         yield GaugeMetricFamily("housecall_open_sessions", "Sessions that are kept.", value=len(sessions))
         yield GaugeMetricFamily(

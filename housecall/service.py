@@ -49,6 +49,7 @@ from .worker.gate import Gate
 from .worker.host import Host
 from .worker.journal import LEDGER_FOLDER
 from .worker.limits import Limits
+from .worker.lock import hold, let_go
 from .worker.owner import gate_of
 from .worker.policies import POLICY_FOLDER
 from .worker.seat import Standing
@@ -59,7 +60,8 @@ __all__ = ["STATUS_FILE", "Service", "confine", "main", "run"]
 
 STATUS_FILE = "status.json"
 TEMPORARY_FOLDER = "tmp"
-DRAIN_S = 20.0  # how long the end may take: as long as most supervisors wait before they kill
+GRACE_S = 2.0  # for the streams, once the sessions have ended
+USAGE = 2  # the status of a process that ended with a message for its owner
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +71,8 @@ class Service:
 
     `listen` stands in for the folder's own address ("HOST:PORT", port 0 for any); `plaintext` serves without TLS to
     anyone who can connect, `anonymous` by name: only on this machine, unless `plaintext` is said of another address
-    on purpose. `sandbox` is what `confine` gave, for the status. Raises
-    `UsageError` or `IdentityError` for a folder that cannot be served."""
+    on purpose. For the status: `sandbox` is what `confine` gave, `restarts` how often its process was started anew, and
+    `died` how the last one ended. Raises `UsageError` or `IdentityError` for a folder that cannot be served."""
 
     def __init__(
         self,
@@ -79,11 +81,27 @@ class Service:
         listen: str = "",
         plaintext: bool = False,
         sandbox: Report | None = None,
+        restarts: int = 0,
+        died: str = "",
     ) -> None:
         self.folder = Path(folder)
         self.sandbox = sandbox
+        self.restarts, self.died = restarts, died
+        self.ended = False  # whether nothing runs any more
+        self._keeper: Keeper | None = None
+        self._let_go = False
+        self._unwritten = ""  # why the status could not be written last time
         self.config = config = Config.load(self.folder)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)))
+        self._lock = hold(self.folder)
+        try:
+            self._begin(listen, plaintext)
+        except BaseException:
+            let_go(self._lock)
+            raise
+
+    def _begin(self, listen: str, plaintext: bool) -> None:
+        config = self.config
         self.catalogue = Catalogue(self.folder)
         self.started = time.time()
         self._closing = threading.Event()
@@ -119,7 +137,7 @@ class Service:
         keys = self.config.keys(self.folder)
         if not (keys / FILE).exists():
             raise IdentityError(f"no {FILE} in {keys}: `housecall ca join INVITATION --out {keys}` makes one")
-        keeper = Keeper(keys, url=self.config.identity.ca_url)
+        keeper = self._keeper = Keeper(keys, url=self.config.identity.ca_url)
         lists = [Revocations(path, keeper.current().ca) for path in self.config.revocation_lists(self.folder)]
         threading.Thread(target=keeper.run, args=(self._closing,), name="housecall-keeper", daemon=True).start()
 
@@ -147,6 +165,9 @@ class Service:
             "address": str(self.address),
             "tls": self.address.secure,
             "started": self.started,
+            "restarts": self.restarts,
+            "died": self.died,
+            "certificate": self._certificate(),
             "now": time.time(),
             "threads": self.threads,
             "device": self.config.device,
@@ -167,20 +188,46 @@ class Service:
             "sandbox": [one._asdict() for one in self.sandbox.protections] if self.sandbox is not None else [],
         }
 
+    def _certificate(self) -> dict[str, Any] | None:
+        """How its certificate stands: a worker whose authority cannot be reached says so while there is time."""
+        if self._keeper is None:
+            return None
+        shown = self._keeper.current()
+        return {
+            "until": shown.not_after.timestamp(),
+            "renews": shown.renews_at.timestamp(),
+            "trouble": self._keeper.trouble,
+        }
+
     def write_status(self) -> None:
-        """`status.json`, whole at every moment."""
+        """`status.json`, whole at every moment. A disk that is full is a line in the log, once, and no end."""
         path = self.folder / STATUS_FILE
         beside = path.with_suffix(".new")
-        beside.write_text(json.dumps(self.status(), indent=1))
-        beside.replace(path)
+        try:
+            beside.write_text(json.dumps(self.status(), indent=1))
+            beside.replace(path)
+        except OSError as error:
+            if self._unwritten != str(error):
+                log.error("%s cannot be written, so `worker status` shows what was: %s", path, error)
+            self._unwritten = str(error)
+        else:
+            self._unwritten = ""
 
-    def close(self, drain_s: float = DRAIN_S) -> bool:
-        """Drain and end; whether all that had come was done."""
+    def close(self, drain_s: float | None = None) -> bool:
+        """Drain for up to so many seconds (as worker.toml says, if left out) and end; whether all that had come was
+        done. `ended` says whether the last operation has ended too: one that runs cannot be stopped."""
         self._closing.set()
-        done = self.host.drain(drain_s)
-        self._listener.close(grace=2.0)
-        with contextlib.suppress(FileNotFoundError):
+        done = self.host.drain(self.config.drain_s if drain_s is None else drain_s)
+        self.ended = self.host.turns.close(0)
+        self._listener.close(grace=GRACE_S)
+        with contextlib.suppress(OSError):
             (self.folder / STATUS_FILE).unlink()
+        ledger = self.host.worker.gate.ledger
+        if ledger is not None and self.ended:
+            ledger.close()
+        if not self._let_go:
+            self._let_go = True
+            let_go(self._lock)
         return done
 
 
@@ -249,7 +296,9 @@ def _memory_mb(config: Config) -> int:
 
 
 def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -> None:
-    """Serve until SIGTERM or Ctrl-C, then drain. With `parent`, also until that process is gone."""
+    """Serve until SIGTERM or Ctrl-C, then drain. With `parent`, also until that process is gone.
+
+    If an operation is still under way when that has taken its time, the process ends here and now, with status 1."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -260,6 +309,10 @@ def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -
         if parent and os.getppid() != parent:
             break
     service.close()
+    if not service.ended:
+        log.error("an operation is under way and cannot be stopped: the process ends without it")
+        logging.shutdown()
+        os._exit(1)
 
 
 def keep_memory() -> None:
@@ -279,6 +332,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder")
     parser.add_argument("--listen", default="", help="HOST:PORT instead of the folder's; port 0 for any")
     parser.add_argument("--plaintext", action="store_true", help="without TLS")
+    parser.add_argument("--restarts", type=int, default=0, help="how often it was started anew, for the status")
+    parser.add_argument("--died", default="", help="how the one before it ended, for the status")
     parser.add_argument("--parent", type=int, default=0, help="end when this process is no longer the parent")
     given = parser.parse_args(arguments)
     begin_again()
@@ -287,10 +342,17 @@ def main(arguments: list[str] | None = None) -> int:
     folder = Path(given.folder).resolve()
     try:
         sandbox = confine(folder, listen=given.listen, plaintext=given.plaintext)
-        service = Service(folder, listen=given.listen, plaintext=given.plaintext, sandbox=sandbox)
-    except HousecallError as error:
+        service = Service(
+            folder,
+            listen=given.listen,
+            plaintext=given.plaintext,
+            sandbox=sandbox,
+            restarts=given.restarts,
+            died=given.died,
+        )
+    except (HousecallError, OSError) as error:
         sys.stderr.write(f"housecall: {error}\n")
-        return 1
+        return USAGE
 
     def announce(line: str) -> None:
         sys.stdout.write(line + "\n")

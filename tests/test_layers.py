@@ -30,14 +30,15 @@ BELOW = {
     "remote": {"pointers", "identity", "transport", "wire", "program", "types", "errors", ""},
     "metrics": set(),
     "logs": set(),
+    "supervise": set(),
     "service": {"logs", "worker", "identity", "sandbox", "transport", "wire", "program", "types", "errors", ""},
     "cluster": {
         "remote", "pointers", "worker", "identity", "sandbox", "transport", "wire", "program", "types", "errors",
     },
     "testing": {"remote", "pointers", "worker", "identity", "transport", "wire", "program", "types", "errors"},
     "cli": {
-        "virtual", "remote", "metrics", "logs", "service", "cluster", "pointers", "worker", "identity", "transport",
-        "wire", "program", "types", "errors", "datasets", "sandbox", "",
+        "virtual", "remote", "metrics", "logs", "supervise", "service", "cluster", "pointers", "worker", "identity",
+        "transport", "wire", "program", "types", "errors", "datasets", "sandbox", "",
     },
 }  # fmt: skip
 TORCH_IN_PROGRAM = {"program/forecast.py", "program/outcome.py", "program/run.py", "program/typing.py"}

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import socket
+import subprocess
+import sys
+import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -21,7 +27,7 @@ from housecall.metrics import serve_metrics
 from housecall.service import STATUS_FILE, Service
 from housecall.transport.grpc import Address, address, dial, is_loopback
 from housecall.worker.config import Config
-from housecall.worker.signing import OwnerKey
+from housecall.worker.signing import PUBLIC_FILE, OwnerKey
 
 
 @pytest.fixture
@@ -198,4 +204,152 @@ def test_limits_of_the_folder_are_the_hosts(folder: Path) -> None:
     url = f"grpc://{service.address}"
     with hc.connect(url), hc.connect(url), pytest.raises(hc.WorkerGone, match="holds 2 sessions of anonymous already"):
         hc.connect(url)
+    service.close(1)
+
+
+# -- trouble ----------------------------------------------------------------------------------------------
+
+
+def test_a_status_that_cannot_be_written_is_a_line_in_the_log(
+    service: Service, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside = folder / "status.new"
+    beside.symlink_to("/dev/full")  # every write says that the disk is full
+    service.write_status()
+    service.write_status()
+    assert caplog.text.count("No space left on device") == 1
+    beside.unlink()
+    service.write_status()
+    assert read_status(folder) is not None
+
+
+def test_the_end_waits_for_what_has_come_as_long_as_the_owner_says(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("housecall.worker.host.CLOSE_S", 0.01)
+    (folder / "worker.toml").write_text('name = "clinic"\nlisten = "127.0.0.1:0"\ndrain_s = 0.01\n')
+    service = Service(folder, plaintext=True)
+    begun, may = threading.Event(), threading.Event()
+
+    def held(message: object) -> None:
+        begun.set()
+        may.wait(30)
+
+    with hc.connect(f"grpc://{service.address}") as clinic:
+        clinic.session.wait()
+        (seat,) = service.host.seats
+        assert seat.door.meter is not None
+        seat.door.meter.call = held  # type: ignore[assignment,method-assign]  # an operator that takes long
+        x = torch.ones(2).send(clinic) + 1
+        clinic.session.flush()
+        assert begun.wait(30)
+        assert not service.close()
+        assert not service.ended  # `run` ends the process by force then
+        assert "cut: 1 frames of anonymous were not done within 0.01 s" in caplog.text
+        may.set()
+        assert service.host.turns.close(30)
+        del x
+
+
+def test_two_workers_of_one_folder_is_an_error(service: Service, folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"a worker runs in .* already"):
+        Service(folder, listen="127.0.0.1:0", plaintext=True)
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from housecall.cli.main import main; main()"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60, check=False)
+
+
+def broken_toml(folder: Path) -> None:
+    (folder / "worker.toml").write_text("name = clinic")
+
+
+def port_in_use(folder: Path) -> socket.socket:
+    port = socket.create_server(("127.0.0.1", 0))
+    (folder / "worker.toml").write_text(f'name = "clinic"\nlisten = "127.0.0.1:{port.getsockname()[1]}"\n')
+    return port
+
+
+def corrupt_certificate(folder: Path) -> None:
+    path = folder / "identity" / "identity.pem"
+    path.write_bytes(path.read_bytes().replace(b"MII", b"AII", 1))
+
+
+def corrupt_list(folder: Path) -> None:
+    (folder / "identity" / "crl.pem").write_text("none")
+
+
+def open_key(folder: Path) -> None:
+    (folder / "identity" / "identity.pem").chmod(0o644)
+
+
+def corrupt_owner(folder: Path) -> None:
+    (folder / PUBLIC_FILE).write_text("none")
+
+
+def folder_instead_of_a_file(folder: Path) -> None:
+    (folder / "worker.toml").unlink()
+    (folder / "worker.toml").mkdir()
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [broken_toml, port_in_use, corrupt_certificate, corrupt_list, open_key, corrupt_owner, folder_instead_of_a_file],
+)
+def test_ordinary_trouble_is_one_message_and_status_2(
+    folder: Path, authority: Authority, trouble: Callable[[Path], socket.socket | None]
+) -> None:
+    (folder / "worker.toml").write_text('name = "clinic"\nlisten = "127.0.0.1:0"\n')
+    authority.identity("clinic", "worker", ("127.0.0.1",)).save(folder / "identity")
+    with trouble(folder) or contextlib.nullcontext():
+        done = command("worker", "up", "--folder", str(folder))
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("housecall:") == 1
+
+
+def test_trouble_of_other_commands_is_as_clear(tmp_path: Path, folder: Path, service: Service) -> None:
+    (tmp_path / "ca").write_text("a file")
+    for words in (
+        ("ca", "init", str(tmp_path / "ca")),
+        ("ca", "list", "--ca", "/dev/null/x"),
+        ("ca", "serve", str(tmp_path / "none")),
+        ("ca", "renew", str(tmp_path / "none")),
+        ("worker", "up", "--folder", str(folder), "--metrics", "nonsense"),
+        ("worker", "init", "clinic", "--folder", "/dev/null/clinic"),
+        ("worker", "status", "--folder", str(tmp_path / "none")),
+    ):
+        done = command(*words)
+        assert done.returncode == 2, (words, done.stderr)
+        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("housecall: "), done.stderr
+
+
+def test_a_worker_whose_authority_cannot_be_reached_says_so(folder: Path, authority: Authority) -> None:
+    service = secured(folder, authority)
+    service.close(0)
+    identity = authority.identity("clinic", "worker", ("127.0.0.1",), timedelta(seconds=60))
+    identity.save(folder / "identity")
+    with socket.create_server(("127.0.0.1", 0)) as port:
+        where = f"127.0.0.1:{port.getsockname()[1]}"
+    (folder / "identity" / "authority.url").write_text(where + "\n")
+    service = Service(folder)
+    assert service._keeper is not None
+    keeper = service._keeper
+    keeper._now = lambda: identity.renews_at  # it is time
+    keeper._renew_after = identity.not_before
+    keeper._crl_after = identity.renews_at + timedelta(days=1)
+    with keeper._tending:  # the first, which the service began, is over
+        pass
+    keeper.tend()
+    assert "could not renew the certificate: no answer from the authority at" in keeper.trouble
+    service.write_status()
+    shown = CliRunner().invoke(app, ["worker", "status", "--folder", str(folder)])
+    assert "its certificate ends" in shown.output
+    assert "could not renew" in " ".join(shown.output.split())
+    keeper._ask_renew = lambda old, url: authority.identity("clinic", "worker", ("127.0.0.1",))
+    keeper._renew_after = identity.not_before
+    keeper.tend()
+    assert keeper.trouble == "" or "renew" not in keeper.trouble
     service.close(1)

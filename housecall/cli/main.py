@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -38,9 +39,16 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 def main() -> None:
-    """Run the command that the arguments name; an error of ours is one message, not a traceback."""
+    """Run the command that the arguments name. What is for its user to mend is one message and status 2: an error of
+    ours, or of the system, as of a file that may not be read."""
     try:
         app()
     except HousecallError as error:
-        typer.secho(f"housecall: {error}", err=True, fg="red")
-        sys.exit(1)
+        _end(str(error))
+    except OSError as error:
+        _end(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
+
+
+def _end(message: str) -> NoReturn:
+    typer.secho(f"housecall: {message}", err=True, fg="red")
+    sys.exit(2)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +17,13 @@ from rich.table import Table
 
 from ..errors import UsageError
 from ..worker.config import Config
+from ..worker.lock import is_held
 from .worker import Folder, worker_folder
 
 __all__ = ["status"]
 
 STATUS_FILE = "status.json"
+LATE_S = 10.0  # it says something each second
 
 
 def status(
@@ -46,18 +48,25 @@ def status(
 
 def read_status(folder: Path) -> dict[str, Any] | None:
     """What the worker in `folder` last said of itself, `None` if it does not run."""
+    path = folder / STATUS_FILE
     try:
-        found: dict[str, Any] = json.loads((folder / STATUS_FILE).read_text())
-        os.kill(int(found["pid"]), 0)
-    except (FileNotFoundError, ProcessLookupError):
+        found: dict[str, Any] = json.loads(path.read_text())
+        pid = int(found["pid"])
+    except FileNotFoundError:
         return None
-    except PermissionError:
-        pass  # it runs, as somebody else
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; ask as the user that the worker runs as") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{folder / STATUS_FILE} is damaged ({error}): delete it, a worker that runs writes it anew"
-        ) from None
-    return found
+        raise UsageError(f"{path} is damaged ({error}): delete it, a worker that runs writes it anew") from None
+    return found if _runs(folder, pid) else None
+
+
+def _runs(folder: Path, pid: int) -> bool:
+    """Whether the worker of this folder runs: its lock says so, since its number may be another process's by now."""
+    try:
+        return is_held(folder)
+    except PermissionError:  # somebody else's: then the number has to do
+        return Path(f"/proc/{pid}").exists()
 
 
 def _show(console: Console, found: dict[str, Any]) -> None:
@@ -75,6 +84,12 @@ def _show(console: Console, found: dict[str, Any]) -> None:
         f"{counters['sessions']:,} sessions opened, {counters['resumed']:,} resumed, {counters['expired']:,} expired, "
         f"{counters['refused']:,} refused"
     )
+    console.print(
+        f"{counters['failed_calls']:,} calls failed, of which {counters['refused_calls']:,} were refused "
+        "(limits, policies, unknown operators)"
+    )
+    for line in _troubles(found):
+        console.print(line)
     for line in _sandbox(found.get("sandbox", ())):
         console.print(line)
     if not found["sessions"]:
@@ -91,6 +106,25 @@ def _show(console: Console, found: dict[str, Any]) -> None:
             f"{session['waiting']:,}",
         )
     console.print(table)
+
+
+def _troubles(found: Mapping[str, Any]) -> Iterator[str]:
+    """What its owner should know: that it died, that its certificate ends."""
+    if found.get("restarts"):
+        yield f"[red]started anew {found['restarts']} times[/red]: the last one {escape(found.get('died', ''))}"
+    late = time.time() - found["now"]
+    if late > LATE_S:
+        yield f"[red]it has said nothing for {_lasting(late)}[/red]: it is stopped, or its disk is full: see its log"
+    certificate = found.get("certificate")
+    if certificate is not None:
+        until = f"{datetime.fromtimestamp(certificate['until'], UTC):%Y-%m-%d %H:%M} UTC"
+        left = certificate["until"] - time.time()
+        if left <= 0:
+            yield f"[red]its certificate ended {until}[/red]: nobody can connect; ask for a new invitation"
+        elif certificate["trouble"]:
+            yield f"[red]its certificate ends {until}[/red], in {_lasting(left)}: {escape(certificate['trouble'])}"
+        else:
+            yield f"certificate until {until}, renewed before"
 
 
 def _sandbox(protections: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,7 +14,8 @@ from rich.panel import Panel
 
 from ..errors import UsageError
 from ..logs import write_logs
-from ..sandbox.environment import begin_again
+from ..sandbox.environment import begin_again, born_clean
+from ..supervise import supervise
 from .worker import Folder, worker_folder
 
 if TYPE_CHECKING:
@@ -27,25 +31,50 @@ def up(
         bool, typer.Option("--plaintext", help="Serve without TLS, to anyone who can connect. For tests.")
     ] = False,
     metrics: Annotated[str, typer.Option(help="HOST:PORT to answer Prometheus at; needs housecall[metrics].")] = "",
+    once: Annotated[
+        bool,
+        typer.Option("--once", help="Do not start it anew when it dies: for systemd and containers, which do that."),
+    ] = False,
+    parent: Annotated[int, typer.Option(hidden=True)] = 0,
+    restarts: Annotated[int, typer.Option(hidden=True)] = 0,
+    died: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Run the worker until Ctrl-C; then what has come is done and answered."""
+    """Run the worker until Ctrl-C; then what has come is done and answered. If it dies, it is started anew."""
     place, where = worker_folder(folder).resolve(), _address(metrics)
+    write_logs()
+    if not once and sys.executable and sys.orig_argv:
+        raise typer.Exit(supervise(_again, born_clean(os.environ)))
+    began = parent, restarts, died
+    _run(place, where, listen, plaintext, began)
+
+
+def _again(restarts: int, died: str) -> list[str]:
+    """This very command, as the child of this process."""
+    told = ["--once", f"--parent={os.getpid()}", f"--restarts={restarts}", f"--died={died}"]
+    return [sys.executable, *sys.orig_argv[1:], *told]
+
+
+def _run(place: Path, where: tuple[str, int] | None, listen: str, plaintext: bool, began: tuple[int, int, str]) -> None:
+    parent, restarts, died = began
     begin_again()
     from ..service import Service, confine, keep_memory, run  # torch is imported here, so that --help stays quick
 
-    write_logs()
     keep_memory()
     ports = () if where is None else (where[1],)
     sandbox = confine(place, listen=listen, plaintext=plaintext, ports=ports)
-    service = Service(place, listen=listen, plaintext=plaintext, sandbox=sandbox)
-    end_metrics = _metrics(service, where)
+    service = Service(place, listen=listen, plaintext=plaintext, sandbox=sandbox, restarts=restarts, died=died)
+    try:
+        end_metrics = _metrics(service, where)
+    except BaseException:
+        service.close(0)
+        raise
     console = Console(stderr=True)
     console.print(Panel(_described(service), title=f"worker [b]{service.config.name}[/b]", expand=False))
     try:
-        run(service, lambda line: None)
+        run(service, lambda line: None, parent=parent)
     finally:
         end_metrics()
-    console.print("ended: what had come was done")
+    console.print("ended")
 
 
 def _address(where: str) -> tuple[str, int] | None:
@@ -64,7 +93,10 @@ def _metrics(service: Service, where: tuple[str, int] | None) -> Callable[[], No
         from ..metrics import serve_metrics  # its dependency is an extra
     except ImportError:
         raise UsageError("--metrics needs prometheus-client: pip install 'housecall[metrics]'") from None
-    return serve_metrics(service.status, *where)
+    try:
+        return serve_metrics(service.status, *where)
+    except OSError as error:
+        raise UsageError(f"--metrics cannot listen on {where[0]}:{where[1]}: {error.strerror}") from None
 
 
 def _described(service: Service) -> str:

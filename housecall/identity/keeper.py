@@ -58,6 +58,12 @@ class Keeper:
         self._url = target(url) if url else authority_url(self._folder)
         self._renew_after = self._crl_after = datetime.min.replace(tzinfo=self._identity.not_after.tzinfo)
         self._tending = threading.Lock()
+        self._troubles: dict[str, str] = {}  # what does not succeed -> why, and since when
+
+    @property
+    def trouble(self) -> str:
+        """What it has tried and could not, since it last could; "" if all is well. It keeps trying."""
+        return "; ".join(self._troubles.values())
 
     def current(self) -> Identity:
         """The identity to use now, at once; what is due is begun beside."""
@@ -93,10 +99,17 @@ class Keeper:
     def _attempt(self, work: Callable[[], None], what: str) -> None:
         try:
             work()
+            self._troubles.pop(what, None)
         except (IdentityError, OSError) as error:
             _log.warning("%r could not %s: %s", self._identity, what, error)
-        except Exception:  # a worker must not lose its keeper to one bad answer
+            self._note(what, str(error))
+        except Exception as error:  # a worker must not lose its keeper to one bad answer
             _log.exception("%r could not %s", self._identity, what)
+            self._note(what, f"{type(error).__name__}: {error}")
+
+    def _note(self, what: str, why: str) -> None:
+        since = self._troubles.get(what, f"since {self._now():%Y-%m-%d %H:%M} UTC").split(" UTC")[0]
+        self._troubles[what] = f"{since} UTC it could not {what}: {why}"
 
     def _renew(self) -> None:
         if not self._url:

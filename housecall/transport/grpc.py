@@ -163,4 +163,4 @@ class Listener:
 
     def close(self, grace: float | None = None) -> None:
         """Take no more streams; those that there are have `grace` seconds to end."""
-        self._server.stop(grace).wait()
+        self._server.stop(grace).wait(None if grace is None else grace + 5.0)
