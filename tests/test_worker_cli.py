@@ -101,7 +101,9 @@ def test_settings_are_written_with_their_explanations(tmp_path: Path) -> None:
 
 
 def test_changed_settings_come_back() -> None:
-    config = Config("a", "[::1]:1", 3, "cuda:1", 1.5, Limits(1, 2, 3, 4.0, 5), Identity("i", "https://ca", "c"))
+    config = Config(
+        "a", "[::1]:1", 3, "cuda:1", 1.5, 2.5, Limits(1, 2, 3, 4, 5.0, 6, 7, 8), Identity("i", "https://ca", "c")
+    )
     assert Config.parse(config.text()) == config
 
 
