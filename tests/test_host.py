@@ -9,20 +9,23 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from streams import memory_dial
 
-from housecall.errors import WorkerGone
+from housecall.errors import PolicyError, WorkerGone
 from housecall.program.call import Items
 from housecall.testing import Clock
 from housecall.transport.parcel import packed
 from housecall.transport.stream import PROTOCOL, StreamTransport
 from housecall.wire.messages import Array, Bye, Call, Drop, Fetch, Frame, Hello, Put, Refused, Reply, Value, Welcome
 from housecall.wire.packets import control, read_control
+from housecall.worker.gate import MOST_REFUSALS, Gate, Who
 from housecall.worker.host import ENDED, Host
+from housecall.worker.ledger import Entry
 from housecall.worker.limits import Limits
 from housecall.worker.room import ARRIVAL_S, Claim, Room
 from housecall.worker.worker import Worker
@@ -519,3 +522,27 @@ def test_refused_calls_are_counted() -> None:
     assert host.counters["failed_calls"] >= host.counters["refused_calls"]
     alice.close()
     host.close()
+
+
+def test_refusals_without_end_fill_no_ledger() -> None:
+    written: list[Entry] = []
+    now = [datetime(2026, 11, 26, tzinfo=UTC)]
+
+    class Pages:
+        append = staticmethod(written.append)
+
+    gate = Gate(ledger=Pages(), now=lambda: now[0])  # type: ignore[arg-type]
+
+    def ask(name: str, times: int) -> None:
+        for _ in range(times):
+            with pytest.raises(PolicyError):
+                gate.load(Who(name, "scientist"), "heart")
+
+    ask("mallory", 1000)
+    ask("alice", 1)
+    assert len(written) == MOST_REFUSALS + 1
+    now[0] += timedelta(minutes=1)
+    ask("mallory", 2)
+    assert len(written) == MOST_REFUSALS + 3
+    assert written[-2].decision.endswith("(980 refusals more than these were counted before)")
+    assert "counted" not in written[-1].decision

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -28,6 +28,9 @@ from .policy import Asked, Decision, Policy, decide
 __all__ = ["Gate", "Opening", "Who"]
 
 log = logging.getLogger(__name__)
+
+MOST_REFUSALS = 20  # of one principal in a minute, each a line of the ledger; more are counted
+_MINUTE = timedelta(minutes=1)
 
 
 class Who(NamedTuple):
@@ -54,6 +57,7 @@ class Gate:
         now: Callable[[], datetime] = _now,
     ) -> None:
         self.policies, self.requests, self.ledger, self._now = policies, requests, ledger, now
+        self._refusals: dict[Who, tuple[datetime, int]] = {}  # since when, and how many
 
     def load(self, who: Who, name: str) -> None:
         """Whether `who` may work on a data set with pointers. Raises `PolicyError`."""
@@ -97,8 +101,23 @@ class Gate:
     def _decide(self, sources: tuple[str, ...], asked: Asked) -> Decision:
         return decide(self.policies, sources, asked, self._now())
 
+    def _counted(self, who: Who) -> tuple[int, int]:
+        """The number of this refusal within its minute, and how many of the minute before are in no line: whoever asks
+        without end fills no disk."""
+        since, count = self._refusals.get(who, (self._now(), 0))
+        before = 0
+        if self._now() - since >= _MINUTE:
+            since, before, count = self._now(), max(0, count - MOST_REFUSALS), 0
+        self._refusals[who] = since, count + 1
+        return count + 1, before
+
     def _note(self, kind: Kind, who: Who, label: Label, digest: str, text: str) -> None:
         """Write the ledger. A release that cannot be written does not happen; nor does anything else."""
+        if kind == "refusal":
+            number, before = self._counted(who)
+            if number > MOST_REFUSALS:
+                return
+            text += f" ({before:,} refusals more than these were counted before)" if before else ""
         log.info("%s: %s '%s' (%s) %s", kind, who.role, who.name, label, text)
         if self.ledger is None:
             raise LedgerError("this worker keeps no ledger, and without one nothing private is used or leaves")
