@@ -7,6 +7,7 @@ each worker, in a temporary folder that goes with the cluster.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -41,6 +42,30 @@ from .worker.signing import OwnerKey
 __all__ = ["ClusterWorker", "LocalCluster"]
 
 START_S = 60.0
+PREFIX, OWNER = "housecall-cluster-", "owner.lock"  # a cluster's folder, and the file that its process holds locked
+
+
+def _hold(folder: Path) -> int:
+    """Say, for as long as this process lives, that the cluster of a folder does."""
+    draft = folder / f".{OWNER}"
+    handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    draft.rename(folder / OWNER)  # it is locked from when it is there
+    return handle
+
+
+def _sweep(place: Path) -> None:
+    """Remove what clusters left whose processes were killed: this user's own folders, with a lock that nobody holds."""
+    for folder in place.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if folder.is_symlink() or folder.lstat().st_uid != os.geteuid():
+                continue
+            handle = os.open(folder / OWNER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its process lives
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
 
 
 class ClusterWorker(RemoteWorker):
@@ -106,7 +131,9 @@ class LocalCluster:
         if not names or len(set(names)) != len(names):
             raise UsageError(f"a cluster needs at least one worker, each with a name of its own; found {workers!r}")
         cores = len(os.sched_getaffinity(0))
-        self.folder = Path(tempfile.mkdtemp(prefix="housecall-"))
+        _sweep(Path(tempfile.gettempdir()))
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self._lock = _hold(self.folder)
         self.workers: tuple[ClusterWorker, ...] = ()
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
@@ -171,6 +198,9 @@ class LocalCluster:
                 process.stdout.close()
         self._processes = []
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _prepare(self, authority: Authority, name: str, settings: dict[str, Any]) -> None:
         folder = self.folder / name
