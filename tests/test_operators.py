@@ -265,3 +265,9 @@ def test_no_parameter_takes_what_could_carry_code() -> None:
         "Tensor", "int", "float", "bool", "complex", "Scalar", "str", "ScalarType", "Device", "Layout", "MemoryFormat",
         "Generator",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operators.md", "docs/design.md"])
+def test_pages_say_how_many_there_are(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert re.search(rf"(?<![\d,]){len(table()):,}(?![\d,])", text), f"{page} does not say {len(table()):,}"
