@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+import grpc
 import torch
 
 from . import __version__
-from .errors import UsageError
-from .identity.certificate import Identity, client_credentials
+from .errors import IdentityError, UsageError
+from .identity.certificate import Identity, client_credentials, utc_now
+from .identity.keeper import Keeper
 from .pointers.location import Location
 from .pointers.session import Session
 from .transport.grpc import address, dial, is_loopback
 from .transport.stream import Dial, StreamTransport
 
 __all__ = ["RemoteWorker", "connect", "reach"]
+
+RENEW_EVERY_S = 60.0  # how often a session that sends looks whether its certificate is to be renewed
+
+log = logging.getLogger(__name__)
 
 
 class RemoteWorker(Location):
@@ -57,10 +66,12 @@ def connect(
 ) -> RemoteWorker:
     """Open a session at the worker at `url`: `grpcs://host:port`, over mutual TLS with `identity`.
 
-    `identity` is a folder or PEM file as `housecall ca join` makes it. `grpc://host:port` is plain text: on this
-    machine the scheme alone asks for it, elsewhere `plaintext=True` is needed as well. A lost connection is tried
-    again for `patience` seconds. Raises `UsageError` for an address or identity that cannot be meant, `WorkerGone`
-    if no worker answers or it refuses."""
+    `identity` is a folder or PEM file as `housecall ca join` makes it. The certificate in a folder is renewed when two
+    thirds of its life are over, as long as somebody works with it; one in a file, or one that has ended, is not.
+    `grpc://host:port` is plain text: on this machine the scheme alone asks for it, elsewhere `plaintext=True` is needed
+    as well. A lost connection is tried again for `patience` seconds. Raises `UsageError` for an address or identity
+    that cannot be meant, `IdentityError` for one that is damaged or has ended, `WorkerGone` if no worker answers or it
+    refuses."""
     return RemoteWorker(reach(url, identity, plaintext=plaintext), url, synchronous=synchronous, patience=patience)
 
 
@@ -70,8 +81,10 @@ def reach(url: str, identity: Identity | str | os.PathLike[str] | None, *, plain
     if where.secure:
         if identity is None:
             raise UsageError(f"{url} needs an identity: a folder or PEM file, made with `housecall ca join INVITATION`")
-        known = identity if isinstance(identity, Identity) else Identity.load(Path(identity))
-        return dial(where, client_credentials(known))
+        shown = _shown(identity)
+        shown()  # what is wrong with it is said now
+        secure = dial(where, lambda: _credentials(shown()))
+        return lambda outgoing: secure(_keeping(outgoing, shown))
     if identity is not None:
         raise UsageError(f"{url} is plain text and shows no identity: write grpcs://{where}")
     if not plaintext and not is_loopback(where.host):
@@ -80,3 +93,35 @@ def reach(url: str, identity: Identity | str | os.PathLike[str] | None, *, plain
             "or pass plaintext=True if you mean it"
         )
     return dial(where, None)
+
+
+def _shown(identity: Identity | str | os.PathLike[str]) -> Callable[[], Identity]:
+    """What gives the identity to show: of a folder, the one that is there, renewed beside when it is due."""
+    if not isinstance(identity, Identity):
+        path = Path(identity)
+        if path.is_dir():
+            return Keeper(path, lists=False).current
+        identity = Identity.load(path)
+    if utc_now() >= identity.renews_at:
+        log.warning("%r is not renewed by itself: keep it in a folder, as `housecall ca join` makes it", identity)
+    return lambda: identity
+
+
+def _credentials(identity: Identity) -> grpc.ChannelCredentials:
+    if utc_now() >= identity.not_after:
+        raise IdentityError(
+            f"the certificate of {identity.principal} ended {identity.not_after:%Y-%m-%d %H:%M} UTC, and only one that "
+            "has not can be renewed: ask the authority's owner for a new invitation (`housecall ca invite "
+            f"{identity.name} --role {identity.role}`), then `housecall ca join` it"
+        )
+    return client_credentials(identity)
+
+
+def _keeping(outgoing: Iterator[bytes], shown: Callable[[], Identity]) -> Iterator[bytes]:
+    """What is sent, and now and then a look whether the certificate is to be renewed: a session can outlive it."""
+    looked = time.monotonic()
+    for packet in outgoing:
+        if time.monotonic() - looked >= RENEW_EVERY_S:
+            looked = time.monotonic()
+            shown()
+        yield packet

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -417,8 +418,34 @@ def test_a_worker_that_accepts_and_never_answers_is_given_up() -> None:
         def cancel(self) -> None:
             self.cancelled.set()
 
-    with pytest.raises(WorkerGone, match="cannot be reached"):
+    with pytest.raises(WorkerGone, match=r"cannot be reached \(what answers there said nothing for 1 s; tried for"):
         within(lambda: StreamTransport(lambda outgoing: Mute(), name="clinic", patience=0.01))
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_given_up_within_the_documented_time() -> None:
+    """docs/workers.md, Connecting: its connections stand, its kernel accepts new ones, nobody answers."""
+    with LocalCluster(("stopped",), patience=1.0) as (worker,):
+        counter = torch.zeros(3).send(worker)
+        worker.session.wait()
+        os.kill(worker.pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            with pytest.raises(WorkerGone, match="said nothing for 1 s"):
+                within(counter.add_(1).get, 60)
+            assert time.monotonic() - began < 30 + 2 * 1.0 + 3  # and what a busy machine needs
+        finally:
+            os.kill(worker.pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+def test_a_long_computation_is_not_taken_for_a_hang() -> None:
+    """Longer than the pings and their patience together: on this machine some 40 s."""
+    settings = {"limits": {"call_gflop": 10**6, "call_mb": 4000}}
+    with LocalCluster(("busy",), patience=1.0, threads=1, **settings) as (worker,):
+        x = torch.ones(11_000, 11_000).send(worker)
+        assert within((x @ x)[0, 0].get, 600).item() == 11_000
+        assert worker.session.transport.reconnections == 0  # type: ignore[attr-defined]
 
 
 def test_a_close_over_a_broken_stream_still_frees_the_slots() -> None:

@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 import housecall as hc
 from housecall.cli.main import app
 from housecall.cli.status import read_status
-from housecall.errors import UsageError
+from housecall.errors import IdentityError, UsageError
 from housecall.identity.authority import Authority
+from housecall.identity.certificate import Identity, utc_now
+from housecall.identity.enrolment import EnrolmentServer
 from housecall.metrics import serve_metrics
 from housecall.service import STATUS_FILE, Service
 from housecall.transport.grpc import Address, address, dial, is_loopback
@@ -352,4 +354,52 @@ def test_a_worker_whose_authority_cannot_be_reached_says_so(folder: Path, author
     keeper._renew_after = identity.not_before
     keeper.tend()
     assert keeper.trouble == "" or "renew" not in keeper.trouble
+    service.close(1)
+
+
+# -- a scientist's certificate ----------------------------------------------------------------------------
+
+
+def test_a_scientists_certificate_is_renewed_while_she_works(
+    folder: Path, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = secured(folder, authority)
+    keys = tmp_path / "alice"
+    old = authority.identity("alice", "scientist", (), timedelta(seconds=100))  # two thirds are over: clocks' skew
+    old.save(keys)
+    monkeypatch.setattr("housecall.remote.RENEW_EVERY_S", 0.0)
+    with EnrolmentServer(authority, "127.0.0.1:0") as server:
+        with hc.connect(f"grpcs://{service.address}", keys) as clinic:  # there is nobody yet who could renew it
+            x = torch.ones(2).send(clinic)
+            assert x.copy().get().tolist() == [1.0, 1.0]
+            (seat,) = service.host.seats
+            assert seat.who.serial == old.serial
+            (keys / "authority.url").write_text(server.address + "\n")
+        with hc.connect(f"grpcs://{service.address}", keys) as clinic:
+            x = torch.ones(2).send(clinic)
+            for _ in range(1000):  # it works, and what is due is done beside
+                assert x.copy().get().tolist() == [1.0, 1.0]
+                if Identity.load(keys).serial != old.serial:
+                    break
+                threading.Event().wait(0.01)
+            new = Identity.load(keys)
+            assert new.serial != old.serial
+            clinic.session.transport._give_up_link()  # type: ignore[attr-defined]  # the next stream shows it
+            assert x.copy().get().tolist() == [1.0, 1.0]
+            (seat,) = (one for one in service.host.seats if one.stream)
+            assert seat.who.serial == new.serial
+            assert seat.streams == 2
+    service.close(1)
+
+
+def test_a_certificate_that_has_ended_is_a_clear_error(
+    folder: Path, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = secured(folder, authority)
+    ended = authority.identity("alice", "scientist")
+    ended.save(tmp_path / "alice")
+    monkeypatch.setattr("housecall.remote.utc_now", lambda: utc_now() + timedelta(days=30))
+    for given in (ended, tmp_path / "alice", tmp_path / "alice" / "identity.pem"):
+        with pytest.raises(IdentityError, match=r"of scientist 'alice' ended .* ask the authority's owner"):
+            hc.connect(f"grpcs://{service.address}", given)
     service.close(1)

@@ -38,7 +38,8 @@ class Keeper:
     """Keeps the identity in a folder alive. Raises `IdentityError` if there is none.
 
     A failure to renew is logged, tried again after five minutes, and the old certificate is used until it ends.
-    `url` is where the authority is, if the folder does not say. `ask_renew` and `ask_crl` speak with the authority;
+    `url` is where the authority is, if the folder does not say. `lists`: whether revocation lists are fetched
+    too, which whoever only connects does not need. `ask_renew` and `ask_crl` speak with the authority;
     `beside` runs a function without waiting for it."""
 
     def __init__(
@@ -46,6 +47,7 @@ class Keeper:
         folder: str | Path,
         *,
         url: str = "",
+        lists: bool = True,
         now: Callable[[], datetime] = utc_now,
         ask_renew: Callable[[Identity, str], Identity] = renew,
         ask_crl: Callable[[str, bytes], bytes] = fetch_crl,
@@ -53,6 +55,7 @@ class Keeper:
     ) -> None:
         self._folder = Path(folder)
         self._now, self._ask_renew, self._ask_crl, self._beside = now, ask_renew, ask_crl, beside
+        self._lists = lists
         self._stamp = self._stat()
         self._identity = Identity.load(self._folder)
         self._url = target(url) if url else authority_url(self._folder)
@@ -81,7 +84,7 @@ class Keeper:
             if self._renewal_due():
                 self._renew_after = self._now() + RETRY
                 self._attempt(self._renew, "renew the certificate")
-            if self._url and self._now() >= self._crl_after:
+            if self._lists and self._url and self._now() >= self._crl_after:
                 self._crl_after = self._now() + CRL_EVERY
                 self._attempt(self._fetch, "fetch the revocation list")
         finally:

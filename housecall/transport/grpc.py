@@ -27,6 +27,7 @@ _OPTIONS = (
     ("grpc.max_send_message_length", MAX_PACKET + 1024),
     ("grpc.keepalive_time_ms", 20_000),  # a peer that vanished without a word is noticed within these two
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # else a ping has a minute, whatever keep-alive says
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.lookahead_bytes", 8 << 20),
 )
@@ -103,8 +104,9 @@ def _reason(error: Any) -> str:
     return f"{error.code().name.lower().replace('_', ' ')}: {details[:300]}"
 
 
-def dial(where: Address, credentials: grpc.ChannelCredentials | None) -> Dial:
-    """How to reach a worker; without credentials in plain text."""
+def dial(where: Address, credentials: Callable[[], grpc.ChannelCredentials] | None) -> Dial:
+    """How to reach a worker; without credentials in plain text. They are asked for anew for each connection: a
+    certificate may have been renewed meanwhile."""
     if where.secure != (credentials is not None):
         raise UsageError(f"{where}: {'grpcs:// needs' if where.secure else 'grpc:// takes no'} credentials")
 
@@ -112,7 +114,7 @@ def dial(where: Address, credentials: grpc.ChannelCredentials | None) -> Dial:
         if credentials is None:
             channel = grpc.insecure_channel(str(where), options=_CLIENT_OPTIONS)
         else:
-            channel = grpc.secure_channel(str(where), credentials, options=_CLIENT_OPTIONS)
+            channel = grpc.secure_channel(str(where), credentials(), options=_CLIENT_OPTIONS)
         return _Call(channel, outgoing)
 
     return open_stream

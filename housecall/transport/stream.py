@@ -245,13 +245,7 @@ class StreamTransport:
             hello = Hello(PROTOCOL, self._token, self._line.received, self._client)
         self._assembler = Assembler(Reply)
         link = self._link = self._dial(self._outgoing(self._stream, hello))
-        watchdog = threading.Timer(max(self._patience, 1.0), link.cancel)  # one may accept, and never answer
-        watchdog.daemon = True
-        watchdog.start()
-        try:
-            packet = next(link)
-        finally:
-            watchdog.cancel()
+        packet = self._first(link)
         match read_control(packet):
             case Welcome() as welcome:
                 self._welcomed(welcome)
@@ -262,6 +256,26 @@ class StreamTransport:
                 raise self._error()
             case other:
                 raise ProtocolError(f"a {type(other).__name__} where a Welcome is due")
+
+    def _first(self, link: Link) -> bytes:
+        """The first packet of a stream, within `patience`: one may accept, and never answer."""
+        seconds, late = max(self._patience, 1.0), threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            link.cancel()
+
+        watchdog = threading.Timer(seconds, give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            return next(link)
+        except (LinkLost, StopIteration):
+            if late.is_set():
+                raise LinkLost(f"what answers there said nothing for {seconds:g} s") from None
+            raise
+        finally:
+            watchdog.cancel()
 
     def _welcomed(self, welcome: Welcome) -> None:
         with self._changed:
