@@ -20,7 +20,8 @@ def hold(folder: Path) -> int:
     """Take a folder's lock; what `let_go` gives back. Raises `UsageError` if another worker has it."""
     path = folder / LOCK_FILE
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        # Not to be read: within the sandbox a file that is made next to a secret can only be written.
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
     try:
