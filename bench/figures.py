@@ -20,6 +20,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import faults
 import owner
 import recorded
 import torch
@@ -247,8 +248,8 @@ def ratio_row(name: str, found: dict[str, float], reach: str) -> str:
     )
 
 
-def table(quick: bool) -> str:
-    """Measure everything; the rows of the page."""
+def table(quick: bool) -> tuple[str, str]:
+    """Measure everything; the rows of the page, and its table of faults."""
     hook = hc.TorchHook(torch)
     cnn_epochs, mlp_epochs = (1, 5) if quick else (8, 60)
     rows = []
@@ -273,11 +274,13 @@ def table(quick: bool) -> str:
     rows.extend(wire.rows(quick))
     rows.extend(owner.rows(quick))
     rows.extend(recorded.rows(quick))
+    outcomes = faults.measured()
+    rows.append(faults.summary(outcomes))
     hook.remove()
-    return "\n".join(rows)
+    return "\n".join(rows), faults.section(outcomes)
 
 
-def page(rows: str) -> str:
+def page(rows: str, outcomes: str) -> str:
     """docs/figures.md."""
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
@@ -296,6 +299,15 @@ housecall {hc.__version__}; load average at the end {os.getloadavg()[0]:.1f}.
 | what | measured | to reach |
 | --- | --- | --- |
 {rows}
+
+## Faults
+
+What came of each operation while a fault struck what it sent / what came back: done exactly *once*, or one clear
+*error* that says what was lost. An error is right where a message was changed, a packet was cut in two, or the worker
+was restarted. Each cell is a world of its own in one process (`housecall.testing.World`); `python bench/faults.py` runs
+these alone.
+
+{outcomes}
 """
 
 
@@ -309,7 +321,7 @@ if __name__ == "__main__":
         hc.TorchHook(torch)
         peak(chosen_options.peak)
     else:
-        text = page(table(chosen_options.quick))
+        text = page(*table(chosen_options.quick))
         print(text)
         if not chosen_options.print:
             PAGE.write_text(text)

@@ -1,12 +1,9 @@
-"""Faults of every kind, during every operation: exactly once or one clear error, no hang, nothing left behind.
-
-`matrix()` gives the table of outcomes. A cell is a small world of its own: an operation on it while a fault strikes
-what is sent, and once more while it strikes what comes back.
-"""
+"""Faults of every kind, during every operation: exactly once or one clear error, no hang, nothing left behind."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -16,18 +13,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
 
+import fault_matrix
 import pytest
 import torch
+from fault_matrix import BALLAST, FAULTS, ONCE, OPERATIONS, PATIENCE, nothing_left, outcome, settled, within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import grpc_dial
 
 from housecall.cluster import LocalCluster
-from housecall.errors import ProtocolError, WorkerGone
+from housecall.errors import WorkerGone
 from housecall.remote import RemoteWorker, reach
 from housecall.testing import SURVIVED, Fault, Faults, Kind, Way, World, faulty, memory_dial
 from housecall.transport.stream import PROTOCOL, LinkLost, StreamTransport
@@ -36,208 +35,6 @@ from housecall.wire.packets import control, read_control
 from housecall.worker.host import Host
 from housecall.worker.turns import Turns
 from housecall.worker.worker import Worker
-
-PATIENCE = 30.0  # seconds until what should have ended has failed
-ONCE, ERROR = "exactly once", "one clear error"
-BALLAST = torch.arange(700_000.0)  # 2.8 MB: three packets
-
-T = TypeVar("T")
-
-
-def within(work: Callable[[], T], patience: float = PATIENCE) -> T:
-    """What `work` returns or raises. That it hangs is a failure."""
-    ended: list[Any] = []
-
-    def run() -> None:
-        try:
-            ended.append((work(), None))
-        except BaseException as error:
-            ended.append((None, error))
-
-    thread = threading.Thread(target=run, name="test", daemon=True)
-    thread.start()
-    thread.join(patience)
-    assert ended, f"a hang: not done after {patience:g} s"
-    value, error = ended[0]
-    if error is not None:
-        raise error
-    return value  # type: ignore[no-any-return]
-
-
-def housecall_threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name.startswith("housecall-")}
-
-
-@contextmanager
-def nothing_left() -> Iterator[None]:
-    """Every thread of ours that begins within the block ends soon after it."""
-    before = housecall_threads()
-    yield
-    for thread in housecall_threads() - before:
-        thread.join(PATIENCE)
-        assert not thread.is_alive(), f"{thread.name} was left behind"
-
-
-# -- operations: one frame of three packets goes out, one reply of three packets comes back ----------------
-
-Strike = Callable[[int], None]  # strike the n-th packet from now
-
-
-def round_trip(world: World, big: torch.Tensor) -> None:
-    """Wait for what was queued, and let a large value go along each way."""
-    ballast = BALLAST.send(world.worker)
-    assert torch.equal(big.clone().get(), BALLAST)
-    del ballast
-
-
-def settled(world: World) -> int:
-    """How many slots the worker holds when it has done everything."""
-    world.worker.session.forget()
-    world.worker.session.wait()
-    world.host.turns.wait_idle(PATIENCE)
-    return world.slots
-
-
-def send(world: World, big: torch.Tensor, strike: Strike) -> None:
-    strike(1)
-    pointers = [torch.full((3,), float(n)).send(world.worker) for n in range(4)]
-    round_trip(world, big)
-    assert settled(world) == 5
-    assert [pointer.get().tolist() for pointer in pointers] == [[float(n)] * 3 for n in range(4)]
-
-
-def run(world: World, big: torch.Tensor, strike: Strike) -> None:
-    counter = torch.zeros(3).send(world.worker)
-    world.worker.session.wait()
-    strike(1)
-    for _ in range(5):
-        counter.add_(1)
-    round_trip(world, big)
-    assert counter.get().tolist() == [5.0] * 3
-
-
-def get(world: World, big: torch.Tensor, strike: Strike) -> None:
-    counter = torch.zeros(3).send(world.worker)
-    ballast = BALLAST.send(world.worker)
-    strike(1)
-    assert torch.equal((ballast + counter.add_(1)[0]).get(), BALLAST + 1)
-    assert counter.get().tolist() == [1.0] * 3
-
-
-def drop(world: World, big: torch.Tensor, strike: Strike) -> None:
-    pointers = [torch.full((3,), float(n)).send(world.worker) for n in range(4)]
-    world.worker.session.wait()
-    assert settled(world) == 5
-    strike(1)
-    del pointers
-    round_trip(world, big)
-    assert settled(world) == 1
-
-
-def resume(world: World, big: torch.Tensor, strike: Strike) -> None:
-    """The connection breaks while nobody waits; the fault strikes the resumption itself."""
-    counter = torch.zeros(3).send(world.worker)
-    world.worker.session.wait()
-    world.faults.cut()
-    strike(0)
-    counter.add_(1)
-    round_trip(world, big)
-    assert counter.get().tolist() == [1.0] * 3
-
-
-OPERATIONS = {"send": send, "run": run, "get": get, "drop": drop, "resume": resume}
-
-
-# -- kinds of fault ---------------------------------------------------------------------------------------
-
-
-def packet(kind: Kind, at: int = 1) -> Callable[[World, Way, int], None]:
-    """A fault of the first packet; of the Hello or Welcome, if those are due."""
-
-    def strike(world: World, way: Way, first: int) -> None:
-        world.faults.strike(Fault(kind, way, at if first else max(1, 2 * at - 1)))
-
-    return strike
-
-
-def refused(world: World, way: Way, first: int) -> None:
-    world.faults.strike(Fault(Kind.BREAK_BEFORE, way), *(Fault(Kind.REFUSED, "dial", n) for n in (1, 2, 3)))
-
-
-def restarted(world: World, way: Way, first: int) -> None:
-    world.faults.strike(Fault(Kind.BREAK_BEFORE, way))
-    world.before_next_dial(world.restart)
-
-
-FAULTS: dict[str, tuple[Callable[[World, Way, int], None], set[str]]] = {
-    Kind.DELAYED.value: (packet(Kind.DELAYED), {ONCE}),
-    Kind.SLOW.value: (packet(Kind.SLOW), {ONCE}),
-    Kind.BREAK_BEFORE.value: (packet(Kind.BREAK_BEFORE), {ONCE}),
-    Kind.BREAK_AFTER.value: (packet(Kind.BREAK_AFTER), {ONCE}),
-    "break within a large message": (packet(Kind.BREAK_BEFORE, at=2), {ONCE}),
-    Kind.TRUNCATED.value: (packet(Kind.TRUNCATED), {ONCE, ERROR}),
-    Kind.CORRUPTED.value: (packet(Kind.CORRUPTED), {ERROR}),
-    Kind.DUPLICATED.value: (packet(Kind.DUPLICATED), {ONCE}),
-    Kind.REORDERED.value: (packet(Kind.REORDERED), {ONCE}),
-    Kind.HALF_OPEN.value: (packet(Kind.HALF_OPEN), {ONCE}),
-    "refused connections": (refused, {ONCE}),
-    "restarted worker": (restarted, {ERROR}),
-}
-
-
-# -- the matrix -------------------------------------------------------------------------------------------
-
-
-class Row(NamedTuple):
-    """The outcome of an operation under a fault of what is sent, and of what comes."""
-
-    kind: str
-    operation: str
-    sent: str
-    came: str
-
-
-def outcome(kind: str, operation: str, way: Way) -> str:
-    """Run one cell, and check that nothing is left."""
-    faults = Faults(delay_s=0.001, silence_s=0.01)
-    with nothing_left():
-        world = World(faults=faults)
-        big = BALLAST.send(world.worker)
-        world.worker.session.wait()
-        strike, _ = FAULTS[kind]
-        try:
-            within(lambda: OPERATIONS[operation](world, big, lambda first: strike(world, way, first)))
-            found = ONCE
-        except (WorkerGone, ProtocolError) as error:
-            found = ERROR
-            clear(error, world, big)
-        assert faults.struck, "no fault struck"
-        within(world.worker.close)
-        if found is ERROR:  # the worker may not have heard of it: the lease is for that
-            world.lapse()
-        assert world.host.seats == ()
-        assert world.host.worker.sessions == []
-        world.close()
-    return found
-
-
-def clear(error: Exception, world: World, big: torch.Tensor) -> None:
-    """One clear error: it names the worker and what was lost, and whoever asks again hears the same."""
-    assert "worker 'clinic'" in str(error), error
-    assert "lost" in str(error), error
-    reason = str(error).split(".")[0]
-    with pytest.raises(WorkerGone) as again:
-        within(big.clone().get)
-    assert str(again.value).split(".")[0] == reason
-
-
-def matrix() -> list[Row]:
-    """All outcomes, for whoever prints them. Raises `AssertionError` for a hang or a leak."""
-    return [
-        Row(kind, operation, outcome(kind, operation, "out"), outcome(kind, operation, "in"))
-        for kind in FAULTS
-        for operation in OPERATIONS
-    ]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -250,6 +47,28 @@ def test_exactly_once_or_one_clear_error(kind: str, operation: str, way: Way) ->
 def test_the_matrix_is_whole() -> None:
     assert len(FAULTS) == 12
     assert list(OPERATIONS) == ["send", "run", "get", "drop", "resume"]
+
+
+def test_the_table_tells_of_hangs_leaks_and_wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make bench` prints, were it not all well."""
+    place = Path(__file__).parent.parent / "bench" / "faults.py"
+    spec = importlib.util.spec_from_file_location("faults_bench", place)
+    assert spec is not None
+    assert spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    ends = iter((fault_matrix.Hang("a hang"), fault_matrix.Leak("seats were left"), AssertionError("3 is not 4")))
+
+    def outcome(kind: str, operation: str, way: Way) -> str:
+        if error := next(ends, None):
+            raise error
+        return ONCE
+
+    monkeypatch.setattr(fault_matrix, "outcome", outcome)
+    rows = fault_matrix.matrix()
+    assert "**117 / 0 / 1 / 1 / 1** | 120 in the first two |" in bench.summary(rows)
+    line = "| delayed packet | a hang / a leak: seats were left | wrong: 3 is not 4 / once | once / once |"
+    assert line in bench.section(rows)
 
 
 # -- random programs --------------------------------------------------------------------------------------
