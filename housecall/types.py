@@ -69,8 +69,9 @@ class Label(Struct, frozen=True, tag="label", tag_field="t"):
         if not self.sources:
             return other
         if self == other:
-            return self  # so that what derives from it goes on to share one label
-        return Label(_joined(self.sources, other.sources), _joined(self.persons, other.persons))
+            return self
+        both = Label(_joined(self.sources, other.sources), _joined(self.persons, other.persons))
+        return self if both == self else other if both == other else both  # what derives from it shares one label
 
     def unit(self, source: str) -> Unit:
         """The unit of privacy of one of its data sets."""

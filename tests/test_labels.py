@@ -57,6 +57,8 @@ def test_what_derives_from_the_same_shares_a_label() -> None:
     """Each call joins labels: what joins nothing new makes none."""
     both = HEART | LABS
     assert both | Label(("heart", "labs")) is both
+    assert both | HEART is both
+    assert LABS | both is both
     assert both | PUBLIC is both
     assert PUBLIC | both is both
 

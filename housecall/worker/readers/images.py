@@ -62,11 +62,17 @@ def _files(folder: Path) -> tuple[list[tuple[Path, int]], tuple[str, ...]]:
     inner = _visible(folder)
     for path in inner:
         if not path.is_dir():
-            raise DataError(f"{path} lies beside the classes: a folder of images holds one sub-folder a class")
+            raise DataError(
+                f"{path} lies beside the classes: a folder of images holds one sub-folder a class, as in "
+                f"{folder / 'CLASS' / path.name}; move it there, or out of the folder"
+            )
     files = [(path, label) for label, place in enumerate(inner) for path in _visible(place)]
     for path, _ in files:
         if path.is_dir() or path.suffix.lower() not in _FORMATS:
-            raise DataError(f"{path} is no image of a known kind ({' '.join(sorted(_FORMATS))})")
+            raise DataError(
+                f"{path} is no image of a known kind ({' '.join(sorted(_FORMATS))}): convert it, or move it out of the "
+                "folder"
+            )
     if not files:
         raise DataError(f"{folder} holds no images: expected one sub-folder a class, with images in it")
     return files, tuple(path.name for path in inner)
@@ -118,7 +124,7 @@ def _opened(path: Path) -> Any:
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
             return pillow.open(path, formats=(kind,))
     except Exception as error:  # a decoder may raise anything for a damaged file
-        raise DataError(f"{path} is no {kind} image: {error}") from None
+        raise DataError(f"{path} is no {kind} image: {error}; replace it, or take it out of the folder") from None
 
 
 def _pixels(path: Path, size: tuple[int, int] | None) -> np.ndarray[Any, Any]:
@@ -129,5 +135,5 @@ def _pixels(path: Path, size: tuple[int, int] | None) -> np.ndarray[Any, Any]:
                 image = image.resize((size[1], size[0]), _pillow(path).Resampling.BILINEAR)  # Pillow: (width, height)
             pixels = np.asarray(image)
         except Exception as error:  # as above
-            raise DataError(f"{path} cannot be decoded: {error}") from None
+            raise DataError(f"{path} cannot be decoded: {error}; replace it, or take it out of the folder") from None
     return np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[np.newaxis]

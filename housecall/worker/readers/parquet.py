@@ -72,10 +72,24 @@ def _numbers(array: Any, place: str, request: Request) -> torch.Tensor:
         array = array.flatten()
     kind = str(array.type)
     if kind not in _KINDS:
-        raise DataError(f"{place} holds {kind}, expected numbers, booleans or lists of them of one fixed size")
+        raise DataError(
+            f"{place} holds {kind}, expected numbers, booleans or lists of them of one fixed size: "
+            f"{_advice(kind)}, or leave it out with --columns"
+        )
     if array.null_count:
         array = _with_nan(array, shape, place, request)
     return from_numpy(array.to_numpy(zero_copy_only=False).reshape(shape), place)
+
+
+def _advice(kind: str) -> str:
+    """How a column of this type becomes one that is read."""
+    if kind.startswith(("list", "large_list")):
+        return "make its lists of one size (pyarrow's list_(type, size))"
+    if kind.startswith(("date", "time", "duration")):
+        return "store it as a number, such as days"
+    if kind.startswith("decimal"):
+        return "cast it to float64"
+    return "convert it to one of these"
 
 
 def _with_nan(array: Any, shape: list[int], place: str, request: Request) -> Any:
