@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import HousecallError, UsageError
+from .errors import UsageError
 from .pointers.location import Location
 from .pointers.session import Session
 from .transport.memory import MemoryTransport
@@ -76,14 +76,9 @@ class VirtualWorker(Location):
         rules, policies = DENY if policy is None else policy, self.owner.policies
         options: Any = {"mock": mock, "unit": unit, "person": person}
         check_unit(Catalogue().register(name, columns, tags, description, **options), rules)
-        old = policies.get(name)
-        policies.forget(name)  # so that the old rules never hold for the new data
-        try:
-            self.worker.catalogue.register(name, columns, tags, description, replace=replace, **options)
-        except HousecallError:
-            if old is not None:
-                policies.register(name, old)
-            raise
+        if replace or name not in self.worker.catalogue.names():
+            policies.forget(name)  # so that the old rules never hold for the new data
+        self.worker.catalogue.register(name, columns, tags, description, replace=replace, **options)
         policies.register(name, rules)
 
     @property

@@ -231,6 +231,9 @@ def test_other_data_without_a_policy_is_closed(clinic: hc.VirtualWorker) -> None
 def test_a_failed_replacement_leaves_data_and_policy(clinic: hc.VirtualWorker) -> None:
     with pytest.raises(hc.UsageError, match="already"):
         clinic.add("heart", x=X)
+    with pytest.raises(hc.UsageError, match="different numbers of records"):
+        clinic.add("heart", x=X, y=Y[:3], replace=True)
+    assert len(list(clinic.owner.ledger.entries())) == 1
     assert clinic.dataset("heart").column("x").sum().get() == X.sum()
 
 

@@ -209,7 +209,10 @@ def _bomb(folder: Path) -> None:
     [
         (lambda folder: None, "holds no images"),
         (lambda folder: (folder / "cat").mkdir(), "holds no images"),
-        (lambda folder: images(folder, {"a.png": (4, 3)}), r"a\.png lies beside the classes: .* as in .*CLASS/a\.png; move it there"),
+        (
+            lambda folder: images(folder, {"a.png": (4, 3)}),
+            r"a\.png lies beside the classes: .* as in .*CLASS/a\.png; move it there",
+        ),
         (lambda folder: images(folder, {"cat/deep/a.png": (4, 3)}), "deep is no image"),
         (lambda folder: (images(folder, {"cat/a.png": (4, 3)}), text(folder / "cat" / "a.txt", "x")), r"a\.txt is no"),
         (lambda folder: ((folder / "cat").mkdir(), text(folder / "cat" / "a.png", "x")), r"a\.png is no PNG image"),
