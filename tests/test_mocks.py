@@ -235,6 +235,20 @@ def test_a_step_that_runs_on_the_mock_runs_on_the_data(clinic: Any) -> None:
     hook.remove()
 
 
+def test_a_program_recorded_on_the_mock_runs_on_the_data(clinic: Any) -> None:
+    clinic.add("recorded", x=X, y=Y, mock=Fakes(5, y=3), policy=Policy.open_to("me"))
+    found = clinic.dataset("recorded")
+
+    def loss_of(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(x @ weight, y)
+
+    weight = torch.randn(4, 3)
+    recorded = hc.record(loss_of, *found.mock()[:5], weight)
+    x, y = next(iter(hc.FederatedDataLoader(found, batch_size=5)))
+    loss = recorded(x, y, hc.send(weight, clinic)).get()
+    assert loss.item() == pytest.approx(loss_of(X[:5], Y[:5], weight).item())
+
+
 def test_one_column_is_a_batch_by_itself(clinic: Any) -> None:
     clinic.add("one", x=X, mock=Fakes(4), policy=Policy.open_to("me"))
     hook = hc.TorchHook(torch)
