@@ -117,7 +117,7 @@ def _described(owned: Owned) -> wire.Owned:
 def _replaced(name: str) -> str:
     return (
         f"data set '{name}' was removed or replaced since this session loaded it: what derives from the old data stays "
-        "at the worker. Let go of it (`worker.clear()`, or a new session), and look the data set up anew"
+        "at the worker. Let go of it (`worker.clear()` frees all that you hold there), and look the data set up anew"
     )
 
 
@@ -282,7 +282,6 @@ class WorkerSession:
                 results.append(self._mock(name))
             case Clear():
                 self.store.clear()
-                self.read = {name: data for name, data in self.read.items() if name in self.store.drawn.sources}
             case Define(program=program):
                 self.plans.define(program)
 
@@ -313,9 +312,16 @@ class WorkerSession:
                 self.meter.history.lent(ref, f"{name}.{title}", self.store)
 
     def _note_read(self, name: str, identity: str) -> None:
-        """In one session a name means one data set. Raises `PolicyError` if this is another one."""
-        if self.read.setdefault(name, identity) != identity:
+        """In one session a name means one data set, as long as anything derives from it. Raises `PolicyError` if this
+        is another one."""
+        if self.read.get(name, identity) != identity and self._holds(name):
             raise PolicyError(_replaced(name))
+        self.read[name] = identity
+
+    def _holds(self, name: str) -> bool:
+        """Whether anything here derives from a data set of this name: a value, or what randomness will give."""
+        labels = [self.store.drawn, *(cell.label for cell in self.store.cells.values())]
+        return any(name in label.sources for label in labels)
 
     def _gone(self) -> frozenset[str]:
         """The data sets that were removed or replaced since this session loaded them. The rules of what bears the name
