@@ -135,10 +135,15 @@ def _renumber(mock: Records, name: str, values: tuple[str, ...], known: tuple[st
     part.copy_(torch.tensor([known.index(value) for value in values])[part.long()])
 
 
+def _unsigned(folder: Path, name: str) -> bool:
+    """Whether a policy is written and not signed."""
+    policies = folder / POLICY_FOLDER
+    return (policies / f"{name}.toml").is_file() and not (policies / f"{name}.signed").is_file()
+
+
 def _say_unsigned(folder: Path, name: str) -> None:
     """After a change of data: a policy that was signed for what is gone counts no more."""
-    policies = folder / POLICY_FOLDER
-    if (policies / f"{name}.toml").is_file() and not (policies / f"{name}.signed").is_file():
+    if _unsigned(folder, name):
         typer.secho(
             f"Nothing is permitted on '{name}': its policy is not signed for this data. Look at it, then: housecall "
             f"worker policy sign {name}",
@@ -174,7 +179,10 @@ def discard(folder: Path, name: str, *, ask: bool) -> bool:
         return False
     catalogue.remove(name)
     typer.echo(f"Data set '{name}' is removed.")
-    _say_unsigned(folder, name)
+    if _unsigned(folder, name):
+        typer.echo(
+            f"Its policy counts no more; {POLICY_FOLDER}/{name}.toml stays, and needs your signature for other data."
+        )
     return True
 
 
