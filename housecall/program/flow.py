@@ -7,7 +7,7 @@ here, while a worker's store sees the storages themselves. So a store's label is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import msgspec
 
@@ -16,7 +16,7 @@ from .call import HOLE, Call, Input, Program, refs, with_numbers
 from .check import arguments, check, written_by
 from .ops import Operator, operator
 
-__all__ = ["derived", "flow", "input_writes", "label_of", "shows_elements", "with_updates", "written"]
+__all__ = ["flow", "input_writes", "label_of", "shows_elements", "with_updates", "written"]
 
 
 def flow(program: Program, labels: Mapping[str, Label]) -> dict[str, Label]:
@@ -32,20 +32,6 @@ def flow(program: Program, labels: Mapping[str, Label]) -> dict[str, Label]:
         walk.call(call)
     updated = {item.name: walk.label(item.id) for item in program.inputs if item.updates}
     return {**updated, **{name: walk.label(ref) for name, ref in program.outputs}}
-
-
-def derived(program: Program, calls: Collection[int]) -> set[int]:
-    """The ids of values that derive from what the calls of these numbers make and write; the inputs as they are after
-    the run."""
-    walk, here = _Walk(), Label(("here",))
-    for item in program.inputs:
-        walk.bind(item.id, PUBLIC, ())
-    for number, call in enumerate(_without_numbers(program)):
-        walk.call(call)
-        if number in calls:
-            for ref in (*call.outs, *written(call, operator(call.op))):
-                walk.join(ref, here)
-    return walk.labelled()
 
 
 def _without_numbers(program: Program) -> tuple[Call, ...]:
@@ -108,9 +94,6 @@ class _Walk:
         """What this id holds, and all that may share its storage, derives from `label` as well."""
         if ref != HOLE:
             self._labels[self._root(ref)] = self.label(ref) | label
-
-    def labelled(self) -> set[int]:
-        return {ref for ref in self._group if self.label(ref)}
 
     def bind(self, ref: int, label: Label, shares: tuple[int, ...]) -> None:
         self._group[ref] = ref

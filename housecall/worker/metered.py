@@ -17,17 +17,18 @@ from 2**64 on: a peer cannot say these, since no integer beyond 64 bits travels.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import ProgramError
 from ..program.call import HOLE, Arg, Call, refs, replaced
-from ..program.flow import derived
+from ..program.flow import written
 from ..program.forecast import Made
+from ..program.ops import operator
 from ..program.outcome import Spec
-from ..types import Label, Ref
+from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Run
 from .history import Episode
 from .limits import Meter
@@ -44,8 +45,9 @@ _address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there
 
 class Precedent(NamedTuple):
     """What a run took when it went call by call. Bytes: `most` of one call, `fresh` beyond what was held, at its peak;
-    `slots` likewise. `labels` has one for each call; the rest are of the program's ids, also of its inputs afterwards:
-    their types, a number and the bytes of each storage, their labels."""
+    `slots` likewise. `labels` has one for each call; `specs`, `cells`, `nbytes` and `after` are of the program's ids,
+    also of its inputs afterwards: their types, a number and the bytes of each storage, their labels. `made`: which
+    storages the calls that have a label made, took views of or wrote to."""
 
     most: int
     flops: int
@@ -57,9 +59,10 @@ class Precedent(NamedTuple):
     cells: dict[int, int]
     nbytes: dict[int, int]
     after: dict[int, Label]
+    made: frozenset[int]
     drawn: Label
 
-    def made(self, ref: int, shared: Collection[int] = ()) -> Made:
+    def result(self, ref: int, shared: Collection[int] = ()) -> Made:
         """What stands under an id; its storage is its own unless it is among those that are `shared`, by number."""
         return Made(self.specs[ref], self.nbytes[ref], self.cells[ref] not in shared)
 
@@ -112,40 +115,75 @@ class Metered:
 
     def _as(self, known: Precedent, report: Report, every: int) -> Iterator[None]:
         plan, store, message = self._plan, self._store, self._message
-        failed: list[int] = []
+        undone: set[int] = set()
+        failed: set[int] = set()
         device = next((value.device for value in self._values if isinstance(value, torch.Tensor)), torch.device("cpu"))
 
         def told(number: int, call: Call, error: Exception) -> Any:
-            label = known.labels[number]
-            if not label or isinstance(error, Failed):  # of something that is not private: its caller may know
+            if isinstance(error, Failed):  # of something that is not private, and therefore this was not done
+                undone.add(number)
                 return report(number, call, error)
-            failed.append(number)
+            label = (self._again(known, undone, failed)[0] if undone else known).labels[number]
+            if not label:  # its caller may know
+                return report(number, call, error)
+            failed.add(number)
             note_failure(call, label, error)
-            return [None if out == HOLE else blank(known.made(out), device) for out in call.outs] or None
+            return [None if out == HOLE else blank(known.result(out), device) for out in call.outs] or None
 
         registers = plan.registers(self._values, message.numbers)
         yield from plan.run(registers, told, every, looks=True)
-        failures = derived(plan.program, failed) if failed else frozenset()
+        failures: set[int] = set()  # storages that are not what they should be
+        if undone or failed:
+            known, failures = self._again(known, undone, failed)
         shared = {known.cells[ref] for ref in self._inputs}
         taken = {_address(value) for value in self._values if isinstance(value, torch.Tensor)}
         for (_, ref), out, value in zip(plan.program.outputs, message.outs, plan.outputs(registers), strict=True):
             if isinstance(value, torch.Tensor):
                 if known.after[ref]:
-                    value = settled(value, known.made(ref, shared), taken, device)
+                    value = settled(value, known.result(ref, shared), taken, device)
                     shared.add(known.cells[ref])
                 store[out] = value
                 expected = known.specs[ref]
                 store.count(out, value, expected if value.storage_offset() == expected.offset else None)
-                self._mark(out, known.after[ref], ref in failures)
+                self._mark(out, known.after[ref], known.cells[ref] in failures)
             else:
                 self._meter.stand_in(out, value)
         for item in plan.updates:
             slot = self._inputs[item.id]
             store.cells[slot].writes += 1
-            self._mark(slot, known.after[item.id], item.id in failures)
+            self._mark(slot, known.after[item.id], known.cells[item.id] in failures)
         store.drawn = known.drawn
         if any(known.labels):
             self._meter.history.ran(self._episode(known))
+
+    def _again(self, known: Precedent, undone: set[int], failed: set[int]) -> tuple[Precedent, set[int]]:
+        """The same for a run in which some calls were not done, and others failed on private data; and the storages
+        whose elements derive from such a failure."""
+        labels: list[Label] = []
+        failures: set[int] = set()
+        of = {known.cells[ref]: self._store.label(slot) for ref, slot in self._inputs.items()}
+        drawn = self._store.drawn
+        for number, call in enumerate(self._plan.calls):
+            rules = operator(call.op)
+            args = (*call.args, *call.kwargs.values())
+            read = {known.cells[ref] for arg in args for ref in refs(arg) if ref in known.cells}  # else a number
+            label = drawn if rules.random else PUBLIC
+            for cell in read:
+                label = label | of.get(cell, PUBLIC)
+            labels.append(PUBLIC if number in undone else label)
+            if not labels[-1]:
+                continue
+            if rules.random:
+                drawn = drawn | label
+            fails = number in failed or not failures.isdisjoint(read)
+            for ref in (*call.outs, *written(call, rules)):
+                if ref != HOLE:
+                    cell = known.cells[ref]
+                    of[cell] = of.get(cell, PUBLIC) | label
+                    failures |= {cell} if fails else set()
+        after = {ref: of.get(cell, PUBLIC) for ref, cell in known.cells.items()}
+        made = _made(self._plan.calls, labels, known.cells)
+        return known._replace(labels=tuple(labels), after=after, made=made, drawn=drawn), failures
 
     def _mark(self, slot: int, label: Label, failed: bool) -> None:
         if label:
@@ -158,11 +196,10 @@ class Metered:
         for (_, ref), out in zip(program.outputs, self._message.outs, strict=True):
             slots.setdefault(ref, out)
         known_cells = {known.cells[ref]: cells[slot] for ref, slot in slots.items() if slot in cells}
-        changed = (*self._message.outs, *(self._inputs[item.id] for item in self._plan.updates))
         bindings = {ref: self._store.bindings[slot] for ref, slot in slots.items() if slot in self._store.bindings}
         calls = tuple([call for call, label in zip(self._plan.calls, known.labels, strict=True) if label])
         numbers = {ref: number for (_, ref), number in zip(program.numbers, self._message.numbers, strict=True)}
-        made = frozenset([cells[slot] for slot in changed if slot in cells])
+        made = frozenset([known_cells[cell] for cell in known.made if cell in known_cells])
         return Episode(calls, made, bindings, known_cells, numbers, known.cells, known.specs, self._ids)
 
 
@@ -211,7 +248,7 @@ class _CallByCall:
                         self._drop(self._slots[ref])
                 yield
             self._bind_outputs(report)
-            self.precedent = tally.precedent()
+            self.precedent = tally.precedent(plan.calls)
         finally:
             for slot in self._bound.difference(self._message.outs):
                 self._store.drop(slot)
@@ -293,7 +330,7 @@ class _Tally:
             else:
                 self._cells[ref], self._specs[ref] = cell, self._store.specs[slots[ref]]
 
-    def precedent(self) -> Precedent | None:
+    def precedent(self, calls: tuple[Call, ...]) -> Precedent | None:
         """All of it, if the next run would be like this one."""
         if self.failed or any(cell.failed for cell in self._cells.values()):
             return None
@@ -303,5 +340,15 @@ class _Tally:
         after = {ref: cell.label for ref, cell in self._cells.items()}
         return Precedent(
             self._most, self._flops, self._fresh, self._slots, self._meter.spent - self._spent,
-            tuple(self._labels), self._specs, cells, nbytes, after, self._store.drawn,
+            tuple(self._labels), self._specs, cells, nbytes, after, _made(calls, self._labels, cells),
+            self._store.drawn,
         )  # fmt: skip
+
+
+def _made(calls: Iterable[Call], labels: Iterable[Label], cells: dict[int, int]) -> frozenset[int]:
+    """Which storages the calls that have a label made, took views of or wrote to."""
+    found: set[int] = set()
+    for call, label in zip(calls, labels, strict=True):
+        if label:
+            found.update(cells[ref] for ref in (*call.outs, *written(call, operator(call.op))) if ref != HOLE)
+    return frozenset(found)
