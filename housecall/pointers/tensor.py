@@ -194,7 +194,7 @@ class PointerTensor(torch.Tensor):
         if getattr(self, "_is_param", False):
             clone._is_param = True
         memo[id(self)] = clone
-        if self.grad is not None:
+        if self.grad is not None and not getattr(self, "_is_param", False):  # a parameter's stays behind, as in torch
             clone.grad = self.grad.__deepcopy__(memo)
         return clone  # type: ignore[no-any-return]  # as above
 

@@ -33,7 +33,7 @@ __all__ = ["NUMBER", "Ending", "Step", "Trace", "Tree", "register"]
 NUMBER: Final = Ref(0)  # in a step's call: the next of the trace's numbers
 SEEN = 2  # how often traces end alike before they become a program
 MOST_PROGRAMS = 64  # of one session: its worker keeps 256, and recorded ones need room
-MOST_STEPS = 1 << 14  # of one tree: beyond, it begins anew
+MOST_STEPS = 1 << 14  # of one tree, and endings: beyond, it begins anew
 
 _NUMBERS = 1 << 32  # where the ids of a program's numbers begin, beyond all registers
 _registers: list[Ref] = []
@@ -98,33 +98,41 @@ class Tree:
 
     def __init__(self) -> None:
         self.root = Step(None, None, None, None)
-        self._steps = self._programs = 0
+        self._size = 0  # steps and endings
+        self._programs: set[str] = set()  # digests: those of a tree that was given up are met again
 
     def add(
         self, before: Step, key: Any, *, type: TensorType | None = None, call: Call | None = None, given: Any = None
     ) -> Step:
         """A step that was not seen before."""
-        if self._steps >= MOST_STEPS:
-            self.root = Step(None, None, None, None)
-            self._steps = 0
-        self._steps += 1
+        self._grow()
         step = before.after[key] = Step(before, type, call, given)
         return step
+
+    def _grow(self) -> None:
+        if self._size >= MOST_STEPS:
+            self.root = Step(None, None, None, None)
+            self._size = 0
+        self._size += 1
 
     def ending(self, step: Step, alive: tuple[int, ...]) -> Ending:
         """A trace ends at this step; `alive` are the registers of results that are still pointed at."""
         known = step.endings.get(alive)
         if known is not None and known.program is not None:
             return known
+        if known is None:
+            self._grow()
         times = known.times + 1 if known else 1
         found = Ending(times)
-        if times == SEEN + 1 and self._programs < MOST_PROGRAMS:
-            program = program_of(step, alive)
-            if program is not None:
-                self._programs += 1
-                found = Ending(times, program, program.digest)
+        program = program_of(step, alive) if times == SEEN + 1 else None
+        if program is not None and self._may_have(program.digest):
+            self._programs.add(program.digest)
+            found = Ending(times, program, program.digest)
         step.endings[alive] = found
         return found
+
+    def _may_have(self, digest: str) -> bool:
+        return digest in self._programs or len(self._programs) < MOST_PROGRAMS
 
 
 class Trace:
