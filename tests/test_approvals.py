@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import shutil
@@ -32,6 +33,7 @@ NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 KEY = OwnerKey.generate()
 DIGEST = "a" * 64
 PROGRAM = "program(x: float32[3]) {\n  %1 = sum(x)\n  return out=%1\n}"
+SHOWN = hashlib.sha256(PROGRAM.encode()).hexdigest()
 
 
 class Clock:
@@ -74,6 +76,7 @@ def spend(kept: Requests, **changes: Any) -> Approval | None:
         "role": "scientist",
         "kind": "value",
         "digest": DIGEST,
+        "shown": SHOWN,
         "data_sets": ("heart", "labs"),
     }
     return kept.spend(**(given | changes))
@@ -416,7 +419,7 @@ def test_a_forged_approval_counts_for_nothing(tmp_path: Path, folder: Requests) 
     made = asked(folder)
     (tmp_path / "approvals").mkdir()
     forged = Approval(
-        made.id, "alice", "scientist", "value", ("heart", "labs"), DIGEST, 1, NOW + timedelta(days=1)
+        made.id, "alice", "scientist", "value", ("heart", "labs"), DIGEST, 1, NOW + timedelta(days=1), SHOWN
     )  # fmt: skip
     path = tmp_path / "approvals" / f"{made.id}.json"
     for approval in (forged, forged.signed(OwnerKey.generate())):
@@ -499,12 +502,12 @@ def test_an_approval_opens_for_nobody_else(who: str, role: str, digest: str, dat
     kept = Requests(None, KEY.public, clock=lambda: NOW)
     kept.approve(asked(kept).id, KEY)
     if (who, role, digest, data_set) != ("alice", "scientist", DIGEST, "heart"):
-        assert kept.spend(who, role, "value", digest, (data_set, "labs")) is None
+        assert kept.spend(who, role, "value", digest, SHOWN, (data_set, "labs")) is None
 
 
 def test_what_is_signed_tells_its_fields_apart() -> None:
     def message(who: str, role: str) -> bytes:
-        return Approval("1", who, role, "value", ("a",), "d", 1, NOW).message()
+        return Approval("1", who, role, "value", ("a",), "d", 1, NOW, SHOWN).message()
 
     assert message("ab", "c") != message("a", "bc")
     assert message('a","', "b") != message("a", '","b')
@@ -588,6 +591,56 @@ def test_an_owner_is_told_what_has_no_effect(place: Path, run: Run) -> None:
     made = asked(worker(place), kind="program")
     assert "may run this program on heart and labs" in run("show", made.id)
     assert "no effect: heart: use.plans" in run("approve", made.id, "--yes")
+
+
+def test_an_owner_approves_a_program_and_that_its_outputs_leave(place: Path, run: Run) -> None:
+    permit(place, "heart")
+    made = asked(worker(place), kind="program", data_sets=("heart",), runs=32)
+    assert "program aaaaaaaaaaaa, 32 times" in run("requests")
+    assert "With --release you approve that too" in run("show", DIGEST)
+    output = run("approve", made.id, "--uses", "32", "--release", answer="y\n")
+    assert "32 times within 24 hours, AND LET OUT WHAT ITS RUNS MAKE?" in output
+    assert "what its runs make may leave" in output
+    held = spend(worker(place), kind="program", data_sets=("heart",))
+    assert held is not None
+    assert held.release
+    assert worker(place).lets_out([held.id], "alice", "scientist", ["heart"])
+    other = asked(worker(place), kind="program", data_sets=("heart",), digest="b" * 64)
+    assert "any number of times" in run("approve", other.id, "--any-number", "--yes")
+    value = asked(worker(place))
+    with pytest.raises(UsageError, match="that is no program"):
+        run("approve", value.id, "--release", "--yes")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"principal": "bob"}, {"role": "worker"}, {"data_sets": ["heart", "lungs"]}, {"ids": ["0" * 16]}, {"ids": []}],
+)
+def test_what_a_program_makes_leaves_to_whom_it_was_approved(kept: Requests, changes: dict[str, Any]) -> None:
+    made = kept.approve(asked(kept, kind="program").id, KEY, release=True)
+    given: dict[str, Any] = {"ids": [made.id], "principal": "alice", "role": "scientist", "data_sets": ["heart"]}
+    assert kept.lets_out(**given)
+    assert not kept.lets_out(**(given | changes))
+    silent = kept.approve(asked(kept, kind="program", digest="c" * 64).id, KEY)
+    assert not kept.lets_out(**(given | {"ids": [made.id, silent.id]}))
+
+
+def test_what_a_program_makes_stays_once_the_approval_is_over(kept: Requests, clock: Clock) -> None:
+    made = kept.approve(asked(kept, kind="program").id, KEY, release=True)
+    given: Any = ([made.id], "alice", "scientist", ["heart"])
+    assert spend(kept, kind="program")
+    assert kept.lets_out(*given)  # it is used up: no more runs, and what the last one made may leave
+    clock.now += timedelta(hours=25)
+    assert not kept.lets_out(*given)
+    clock.now = NOW
+    kept.deny(made.id, "a mistake")
+    assert not kept.lets_out(*given)
+
+
+def test_an_approval_is_of_the_text_that_was_read(kept: Requests) -> None:
+    kept.approve(asked(kept).id, KEY)
+    assert spend(kept, shown=hashlib.sha256(b"another program").hexdigest()) is None
+    assert spend(kept)
 
 
 def test_an_owner_denies(place: Path, run: Run) -> None:

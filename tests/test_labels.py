@@ -69,13 +69,13 @@ def test_what_derives_from_the_same_shares_a_label() -> None:
 class OpenGate:
     """Lets everything in and nothing out."""
 
-    def load(self, who: Any, name: str) -> None:
-        pass
+    def load(self, who: Any, name: str) -> bool:
+        return True
 
-    def release(self, who: Any, label: Label, digest: str) -> None:
+    def release(self, who: Any, question: Any, what: str) -> None:
         from housecall.errors import HousecallError
 
-        raise HousecallError(f"{label} stays")
+        raise HousecallError(f"{question.label} stays")
 
 
 def session(**data: torch.Tensor) -> WorkerSession:
@@ -200,7 +200,7 @@ def test_a_failure_is_told_in_one_sentence_where_a_release_is_allowed() -> None:
     door = session(heart=torch.tensor([0, 99]))
 
     class Allowing(OpenGate):
-        def release(self, who: Any, label: Label, digest: str) -> None:
+        def release(self, who: Any, question: Any, what: str) -> None:
             pass
 
     door.worker.gate = Allowing()  # type: ignore[assignment]
@@ -302,7 +302,7 @@ def test_the_transcript_would_show_a_difference() -> None:
     """The test above can fail: with a gate that lets values out, the two runs differ."""
 
     class Allowing(OpenGate):
-        def release(self, who: Any, label: Label, digest: str) -> None:
+        def release(self, who: Any, question: Any, what: str) -> None:
             pass
 
     program, _ = programs(1)

@@ -55,6 +55,7 @@ ANSWERS = {
     "Open": "`Found`",
     "Mock": "`Mocked`",
     "Request": "`Requested`",
+    "Submit": "`Requested`",
     "Status": "`Requested`",
 }
 SENDERS = {"Hello": "client", "Welcome": "worker", "Refused": "worker", "Ack": "client; worker may", "Bye": "client"}

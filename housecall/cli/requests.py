@@ -37,7 +37,8 @@ def requests(
     table = Table("request", "from", "when (UTC)", "asks for", "of", "status", "reason")
     for request in found:
         when = f"{request.when.astimezone(UTC):%Y-%m-%d %H:%M}"
-        asks = f"{request.kind} {request.digest[:12]}"
+        runs = f", {request.runs:,} times" if request.runs > 1 else ""
+        asks = f"{request.kind} {request.digest[:12]}{runs}"
         reason = request.reason.partition("\n")[0][:60]
         cells = (request.id, _who(request), when, asks, " + ".join(request.data_sets), request.status, reason)
         table.add_row(*map(escape, cells))
@@ -54,25 +55,36 @@ def show(number: Number, folder: Folder = None) -> None:
 def approve(
     number: Number,
     uses: Annotated[int, typer.Option(help="How often it may be used.", min=1, max=MAX_USES)] = 1,
+    any_number: Annotated[
+        bool, typer.Option("--any-number", help="As often as wanted until it ends: for a program that you trust.")
+    ] = False,
+    release: Annotated[
+        bool,
+        typer.Option("--release", help="Of a program: what its runs make may leave, exactly, without asking again."),
+    ] = False,
     hours: Annotated[float, typer.Option(help="For how long.", min=0.01, max=24 * 366)] = APPROVAL_HOURS,
     words: Annotated[str, typer.Option(help="A sentence for whoever asked.")] = "",
     folder: Folder = None,
     yes: Yes = False,
 ) -> None:
-    """Let whoever asked have it, once unless you say more; signed with the owner's key."""
+    """Let whoever asked have a value, or run a program, once unless you say more; signed with the owner's key."""
     place = worker_folder(folder)
     key = OwnerKey.load(place)
     kept = _requests(place)
     request = _found(kept, number)
+    uses = MAX_USES if any_number else uses
     if not yes:
         _print(place, request)
-        if not typer.confirm(f"Approve it, {uses} time{'s' if uses > 1 else ''} within {hours:g} hours?"):
+        leaves = ", AND LET OUT WHAT ITS RUNS MAKE" if release else ""
+        if not typer.confirm(f"Approve it, {_often(uses)} within {hours:g} hours{leaves}?"):
             typer.echo("Nothing was approved.")
             raise typer.Exit(1)
-    made = kept.approve(request.id, key, uses, datetime.now(UTC) + timedelta(hours=hours), words)
+    expires = datetime.now(UTC) + timedelta(hours=hours)
+    made = kept.approve(request.id, key, uses, expires, words, release=release)
+    leaves = ", and what its runs make may leave" if made.release else ""
     typer.echo(
-        f"{request.id} is approved for {_who(request)}: {made.uses} time{'s' if made.uses > 1 else ''} until "
-        f"{made.expires:%Y-%m-%d %H:%M} UTC. To withdraw it: housecall worker deny {request.id} --reason TEXT"
+        f"{request.id} is approved for {_who(request)}: {_often(made.uses)} until {made.expires:%Y-%m-%d %H:%M} UTC"
+        f"{leaves}. To withdraw it: housecall worker deny {request.id} --reason TEXT"
     )
     for problem in _without_effect(place, request):
         typer.secho(f"But as the policies stand it has no effect: {problem}", err=True, fg="yellow")
@@ -89,6 +101,12 @@ def deny(
     typer.echo(f"{denied.id} of {_who(denied)} is denied")
 
 
+def _often(uses: int) -> str:
+    if uses == MAX_USES:
+        return "any number of times"
+    return f"{uses:,} time{'s' if uses > 1 else ''}"
+
+
 def _requests(place: Path) -> Requests:
     return Requests(place, _public(place))
 
@@ -102,8 +120,11 @@ def _public(place: Path) -> bytes:
 
 
 def _found(kept: Requests, number: str) -> Request:
-    """The one request whose id begins so. Raises `UsageError` if there is none, or several."""
-    found = [request for request in kept.all() if request.id.startswith(number)] if number else []
+    """The one request whose id begins so, or the first for a submission of this digest. Raises `UsageError` if there is
+    none, or several."""
+    everything = kept.all() if number else ()
+    found = [request for request in everything if request.id.startswith(number)]
+    found = found or [request for request in everything if request.digest == number][:1]
     if len(found) != 1:
         several = f"{len(found)} requests begin with" if found else "no request begins with"
         raise UsageError(f"{several} {number!r}: `housecall worker requests --all` lists them")
@@ -119,7 +140,7 @@ def _print(place: Path, request: Request) -> None:
     lines = [
         f"request   {request.id}, {request.status}" + (f": {request.words}" if request.words else ""),
         f"from      {_who(request)}, {request.when.astimezone(UTC):%Y-%m-%d %H:%M} UTC",
-        f"asks for  {request.kind} {request.digest}",
+        f"asks for  {request.kind} {request.digest}{f', to run {request.runs:,} times' * (request.runs > 1)}",
         f"of        {' + '.join(request.data_sets)}",
         "reason    " + request.reason.replace("\n", "\n          "),
         "",
@@ -140,8 +161,11 @@ def _reveals(request: Request) -> Iterator[str]:
         yield "It can hold records as they are, or tell of them: a gradient or a model can be inverted, a sum over all"
         yield "records less one gives that one. Read what the program does with the records before the last line."
     else:
-        yield f"If you approve, {_who(request)} may run this program on {of}. Running alone lets nothing out."
-        yield "Its outputs stay here until a release is allowed: by the policies, or by an approval of its own."
+        yield f"If you approve, {_who(request)} may run this program on {of}: on the columns that it names, no others."
+        yield "Running alone lets nothing out: what it makes stays here until a release is allowed, by the policies or"
+        yield "by an approval of its own. With --release you approve that too: all that it makes, as listed above, may"
+        yield "leave exactly, after each run. What was brought (a model's parameters, the numbers of rows) you do not"
+        yield "see: ask yourself what the program gives for the worst that could stand there."
 
 
 def _without_effect(place: Path, request: Request) -> Iterator[str]:

@@ -39,6 +39,7 @@ from ..wire.messages import Run
 from .calls import point
 from .optimizer import follow
 from .recording import Effect, Given, Place, Plain, Recording, recording_of, settings_of, spec_of, state_of
+from .request import OwnersAnswer, submit_program
 from .session import Slot
 from .tensor import PointerTensor
 
@@ -111,6 +112,16 @@ class Recorded:
         given = self._given(args, kwargs)
         variant = self._latest = self._variant(given)
         return _run_recording(variant, given)
+
+    def submit(self, *args: Any, reason: str, runs: int = 1, **kwargs: Any) -> OwnersAnswer:
+        """Ask the owner of the data among these arguments to let this run on them, `runs` times: she reads the program,
+        and which of her columns are its inputs. Nothing runs. Once she approves, call it with the same arguments.
+
+        Raises `UsageError` as a call does, and `PolicyError` if no approval could permit it."""
+        given = self._given(args, kwargs)
+        variant = self._latest = self._variant(given)
+        slots = _slots(variant.recording, given)
+        return submit_program(slots[0].session, variant.program, variant.digest, slots, reason, runs)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         given = Given()

@@ -1,4 +1,4 @@
-"""Asking a worker's owner for a value: a request, and the wait for her answer."""
+"""Asking a worker's owner for a value, or to let a program run: a request, and the wait for her answer."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import PolicyError, UsageError
+from ..program.call import Program
+from ..wire.messages import Define, Requested, Status, Submit
 from ..wire.messages import Request as Ask
-from ..wire.messages import Requested, Status
 from .session import Session, Slot
 
-__all__ = ["OwnersAnswer", "ask_owner"]
+__all__ = ["OwnersAnswer", "ask_owner", "submit_program"]
 
 
 class OwnersAnswer:
     """A request to an owner. `status` asks how it stands, `wait` until she has decided.
 
-    Approved, the value can be fetched once, as it was when it was asked for: `.get()`."""
+    Approved, the value can be fetched once, as it was when it was asked for: `.get()`. A program can be run on what it
+    was submitted for, by calling it. `digest` names what was asked for; the `id` is empty if nobody needs to answer."""
 
     def __init__(self, session: Session, said: Requested) -> None:
-        self.id = said.request
+        self.id, self.digest = said.request, said.digest
         self._session = session
         self._said = said
 
@@ -68,7 +70,23 @@ class OwnersAnswer:
 
 def ask_owner(session: Session, slots: Iterable[Slot], reason: str) -> OwnersAnswer:
     """Ask for these values. Raises `UsageError` without a reason, `PolicyError` if nothing could come of it."""
-    if not reason.strip():
-        raise UsageError("an owner wants to read why: request('what I need it for')")
+    _check(reason, "request('what I need it for')")
     said: Any = session.ask(Ask(tuple(slot.id for slot in slots), reason))
     return OwnersAnswer(session, said)
+
+
+def submit_program(
+    session: Session, program: Program, digest: str, slots: Iterable[Slot], reason: str, runs: int
+) -> OwnersAnswer:
+    """Ask to let a program run on these slots. Raises as `ask_owner` does."""
+    _check(reason, "submit(..., reason='what I need it for')")
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
+        raise UsageError(f"a program is to run once or more, not {runs!r} times")
+    session.tell(Define(program))
+    said: Any = session.ask(Submit(digest, tuple([slot.id for slot in slots]), reason, runs))
+    return OwnersAnswer(session, said)
+
+
+def _check(reason: str, how: str) -> None:
+    if not reason.strip():
+        raise UsageError(f"an owner wants to read why: {how}")

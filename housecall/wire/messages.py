@@ -49,6 +49,7 @@ __all__ = [
     "Search",
     "Seed",
     "Status",
+    "Submit",
     "Tag",
     "Types",
     "Value",
@@ -180,6 +181,16 @@ class Request(Struct, frozen=True, tag="request", tag_field="t"):
     reason: str
 
 
+class Submit(Struct, frozen=True, tag="submit", tag_field="t"):
+    """Ask the worker's owner to let a program that was defined run on these slots, in the order of its inputs, `runs`
+    times, with a reason in words. Answered by `Requested`."""
+
+    digest: str
+    ids: tuple[int, ...]
+    reason: str
+    runs: Count = 1
+
+
 class Status(Struct, frozen=True, tag="status", tag_field="t"):
     """What has become of a request of one's own? Answered by `Requested`."""
 
@@ -188,6 +199,7 @@ class Status(Struct, frozen=True, tag="status", tag_field="t"):
 
 Message = (
     Request
+    | Submit
     | Status
     | Put
     | Call
@@ -282,11 +294,13 @@ class Mocked(Struct, frozen=True, tag="mocked", tag_field="t"):
 
 
 class Requested(Struct, frozen=True, tag="requested", tag_field="t"):
-    """A request as it stands: its id, "pending", "approved" or "denied", and the owner's words, if she gave any."""
+    """A request as it stands: its id (empty where the policy needs nobody's answer), "pending", "approved" or "denied",
+    the owner's words, if she gave any, and the digest of what was asked for."""
 
     request: str
     status: str
     words: str
+    digest: str = ""
 
 
 Result = Requested | Value | Types | Found | Mocked

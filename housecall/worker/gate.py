@@ -5,13 +5,21 @@ decision is made of labels, of who asks and of what the owner signed; nobody her
 
 NOTE [In this order]
 A release is decided, then an approval is spent, then the ledger is written and synced to the disk, then the value is
-read. A crash between any two of these can spend an approval for nothing; it can never let out what the ledger lacks.
+read; and so it is with a run of a program that is asked for. A crash between any two of these can spend an approval for
+nothing; it can never let out, or run, what the ledger lacks.
+
+NOTE [For programs only]
+Who may run programs on a data set, and not work on it with pointers, can bind its columns all the same. What derives
+from it is *closed* in that session: no call may read it, whatever its operator, and no program but an accepted one. So
+there is one question for each call, asked by label, and its answer is kept: whatever is closed stays so until the data
+set is taken up again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import NamedTuple
@@ -21,11 +29,12 @@ import msgspec
 from ..errors import HousecallError, LedgerError, PolicyError, UsageError
 from ..types import Label
 from ..wire.messages import Requested
-from .approvals import Requests
+from .approvals import Approval, Request, Requests
 from .ledger import Entry, Kind, Ledger
 from .policy import Asked, Decision, Policy, decide
+from .submission import Origin, Submission
 
-__all__ = ["Gate", "Opening", "Who"]
+__all__ = ["Gate", "Opening", "Question", "Uses", "Who", "counted"]
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +47,16 @@ class Who(NamedTuple):
 
     name: str
     role: str
+
+
+class Question(NamedTuple):
+    """What is asked of a value that is to leave: its label; what the owner was asked for, if it is part of that, and
+    the SHA-256 of the text that she read; and the run that made it, if an accepted program did."""
+
+    label: Label
+    digest: str = ""
+    shown: str = ""
+    origin: Origin | None = None
 
 
 def _now() -> datetime:
@@ -58,45 +77,121 @@ class Gate:
     ) -> None:
         self.policies, self.requests, self.ledger, self._now = policies, requests, ledger, now
         self._refusals: dict[Who, tuple[datetime, int]] = {}  # since when, and how many
+        self._noticing = threading.Lock()
 
-    def load(self, who: Who, name: str) -> None:
-        """Whether `who` may work on a data set with pointers. Raises `PolicyError`."""
+    def load(self, who: Who, name: str) -> bool:
+        """Whether `who` may work on a data set with pointers; if not, she may have it for programs only. Raises
+        `PolicyError` for who may neither."""
         decision = self._decide((name,), Asked("interactive", who.name, who.role))
+        interactive = decision.allowed
+        if not interactive and self._decide((name,), Asked("programs", who.name, who.role)).allowed:
+            decision = Decision(True, text=f"allowed by {name}, for programs only")
         self._note("run" if decision.allowed else "refusal", who, Label((name,)), "", decision.text)
         if not decision.allowed:
             raise PolicyError(decision.text)
+        return interactive
 
-    def release(self, who: Who, label: Label, digest: str) -> None:
-        """Whether a value may leave; when this returns, it is in the ledger. Raises `PolicyError` or `LedgerError`."""
+    def work(self, who: Who, names: tuple[str, ...]) -> str:
+        """Why `who` may not work on these data sets with pointers; empty if she may."""
+        decision = self._decide(names, Asked("interactive", who.name, who.role))
+        if not decision.allowed:
+            self._note("refusal", who, Label(names), "", decision.text)
+        return "" if decision.allowed else decision.text
+
+    def run(self, who: Who, names: tuple[str, ...], submission: Submission) -> Approval | None:
+        """Whether a program may run on these data sets now; when this returns, the run is in the ledger and the use of
+        an approval is counted, which is returned if it took one. Raises `PolicyError` or `LedgerError`."""
+        self.notice()
+        digest = submission.digest
+        asked = Asked("plan", who.name, who.role, digest=digest)
+        decision, approval = self._decide(names, asked), None
+        if not decision.allowed and decision.approvable and self.requests is not None:
+            approval = self.requests.spend(who.name, who.role, "program", digest, submission.shown, names, self._now())
+            if approval is not None:
+                decision = self._decide(names, msgspec.structs.replace(asked, approved=True))
+                digest = f"{digest} (request {approval.id})"
+        kind: Kind = "run" if decision.allowed else "refusal"
+        self._note(kind, who, Label(names), digest, f"a program: {decision.text}")
+        if not decision.allowed:
+            raise PolicyError(decision.text)
+        return approval
+
+    def submit(self, who: Who, names: tuple[str, ...], submission: Submission, reason: str, runs: int) -> Requested:
+        """Put a program before the owner, if she wants to be asked. Raises `PolicyError` if no approval could ever
+        permit it, and what `Submission.text` does."""
+        if not names:
+            raise UsageError("this program reads nobody's data: run it, there is nothing to ask")
+        decision = self._decide(names, Asked("plan", who.name, who.role, digest=submission.digest))
+        if decision.allowed:
+            return Requested("", "approved", "the policy accepts this program", submission.digest)
+        if not decision.approvable or self.requests is None:
+            raise PolicyError(f"asking is of no use: {decision.text}")
+        made = self.requests.ask(who.name, who.role, "program", names, submission.digest, submission.text, reason, runs)
+        self._note("request", who, Label(names), made.digest, f"request {made.id}: to run a program {_times(runs)}")
+        return Requested(made.id, made.status, made.words, made.digest)
+
+    def release(self, who: Who, question: Question, what: str = "") -> None:
+        """Whether values may leave, `what` says how many; when this returns, it is in the ledger. Raises `PolicyError`
+        or `LedgerError`."""
+        self.notice()
+        label, digest, _, origin = question
         asked = Asked("exact", who.name, who.role, digest=digest)
         decision = self._decide(label.sources, asked)
-        if not decision.allowed and decision.approvable and digest and self.requests is not None:
-            approval = self.requests.spend(who.name, who.role, "value", digest, label.sources, self._now())
-            if approval is not None:
-                self._note("approval", who, label, digest, f"request {approval.id}: used, as the owner signed")
+        program = digest or (origin.digest if origin is not None else "")
+        if not decision.allowed and decision.approvable and self.requests is not None:
+            answered = self._answered(who, question, self.requests)
+            if answered is not None:
                 decision = self._decide(label.sources, msgspec.structs.replace(asked, approved=True))
-                digest = f"{digest} (request {approval.id})"
-        self._note("release" if decision.allowed else "refusal", who, label, digest, decision.text)
+                program = answered
+        text = f"{decision.text}: {what}" if what and decision.allowed else decision.text
+        self._note("release" if decision.allowed else "refusal", who, label, program, text)
         if not decision.allowed:
             raise PolicyError(decision.text)
 
+    def _answered(self, who: Who, question: Question, requests: Requests) -> str | None:
+        """What the owner approved that lets this out: of the run that made it, or, used up by this, of the value."""
+        label, digest, shown, origin = question
+        runs = origin.approvals if origin is not None else None
+        if origin and runs and requests.lets_out(runs, who.name, who.role, label.sources, self._now()):
+            return f"{origin.digest} (request {', '.join(sorted(runs))})"
+        if not digest:
+            return None
+        approval = requests.spend(who.name, who.role, "value", digest, shown, label.sources, self._now())
+        if approval is None:
+            return None
+        self._note("approval", who, label, digest, f"request {approval.id}: used, as the owner signed")
+        return f"{digest} (request {approval.id})"
+
     def request(self, who: Who, label: Label, digest: str, program: str, reason: str) -> Requested:
-        """Put a request before the owner. Raises `PolicyError` if no approval could ever permit it."""
+        """Put a request for values before the owner. Raises `PolicyError` if no approval could ever permit it."""
         decision = self._decide(label.sources, Asked("exact", who.name, who.role))
         if decision.allowed:
             raise UsageError("there is nothing to ask: the policy lets these values out to you")
         if not decision.approvable or self.requests is None:
             raise PolicyError(f"asking is of no use: {decision.text}")
         made = self.requests.ask(who.name, who.role, "value", label.sources, digest, program, reason)
-        self._note("request", who, label, digest, f"request {made.id}")
-        return Requested(made.id, made.status, made.words)
+        self._note("request", who, label, digest, f"request {made.id}: to take a value")
+        return Requested(made.id, made.status, made.words, digest)
 
     def status(self, who: Who, request: str) -> Requested:
         """How a request stands, for whoever made it. Raises `PolicyError` for any other."""
         if self.requests is None:
             raise PolicyError(f"there is no request {request[:40]!r}")
+        self.notice()
         found = self.requests.get(request, who.name, who.role)
-        return Requested(found.id, found.status, found.words)
+        return Requested(found.id, found.status, found.words, found.digest)
+
+    def notice(self) -> None:
+        """Write the owner's answers since the last time into the ledger. There is one writer of it, the worker; she may
+        answer in another process. Raises `LedgerError`."""
+        if self.requests is None or self.ledger is None:
+            return
+        with self._noticing:
+            for request, approval in self.requests.news():
+                kind, text = _answer(request, approval)
+                who = f"{request.role} '{request.principal}'"
+                self.ledger.append(Entry(kind, who, request.data_sets, request.digest, decision=text))
+                self.requests.told(request)
 
     def _decide(self, sources: tuple[str, ...], asked: Asked) -> Decision:
         return decide(self.policies, sources, asked, self._now())
@@ -124,25 +219,82 @@ class Gate:
         self.ledger.append(Entry(kind, f"{who.role} '{who.name}'", label.sources, digest, decision=text))
 
 
-class Opening:
-    """The door during one message: what is asked twice is decided, and written, once."""
+def _answer(request: Request, approval: Approval | None) -> tuple[Kind, str]:
+    """An owner's answer in words."""
+    name = f"request {request.id}"
+    if request.status == "denied":
+        return "denial", f"{name}: {request.words}"
+    if approval is None:
+        return "approval", f"{name}: said to be approved, and there is no approval that the owner signed"
+    release = ", and what it makes may leave" if approval.release else ""
+    return "approval", f"{name}: {_times(approval.uses)} until {approval.expires:%Y-%m-%d %H:%M} UTC{release}"
 
-    def __init__(self, gate: Gate, who: Who) -> None:
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count:,} times"
+
+
+class Uses:
+    """What one session may do with the data sets that it has taken up: see NOTE [For programs only]. `gate` gives the
+    worker's, as it is now."""
+
+    def __init__(self, gate: Callable[[], Gate], who: Who) -> None:
         self._gate, self._who = gate, who
-        self._answers: dict[tuple[Label, str], HousecallError | None] = {}
+        self.closed: set[str] = set()
+        self._answers: dict[Label, str] = {}
 
-    def ask(self, label: Label, digest: str) -> None:
-        """Whether values of this label may leave now. Raises `PolicyError` or `LedgerError`."""
-        key = label, digest
-        if key not in self._answers:
-            self._answers[key] = self._answer(label, digest)
-        refusal = self._answers[key]
+    def load(self, name: str) -> None:
+        """Take up a data set, if its policy lets her. Raises `PolicyError`."""
+        if self._gate().load(self._who, name):
+            self.closed.discard(name)
+        else:
+            self.closed.add(name)
+        self._answers.clear()
+
+    def among(self, label: Label) -> tuple[str, ...]:
+        """Which data sets of a label are closed."""
+        return tuple([name for name in label.sources if name in self.closed])
+
+    def check(self, label: Label) -> None:
+        """Before a call reads values of this label. Raises `PolicyError` if some are closed."""
+        answer = self._answers.get(label)
+        if answer is None:
+            names = self.among(label)
+            answer = self._answers[label] = self._gate().work(self._who, names) if names else ""
+        if answer:
+            raise PolicyError(answer)
+
+
+class Opening:
+    """The door during one message: what is asked twice is decided, and written, once. `counts`: how many tensors, and
+    how many values in them, each question is about."""
+
+    def __init__(self, gate: Gate, who: Who, counts: Mapping[Question, tuple[int, int]] = MappingProxyType({})) -> None:
+        self._gate, self._who, self._counts = gate, who, counts
+        self._answers: dict[Question, HousecallError | None] = {}
+
+    def ask(self, question: Question) -> None:
+        """Whether these values may leave now. Raises `PolicyError` or `LedgerError`."""
+        if question not in self._answers:
+            self._answers[question] = self._answer(question)
+        refusal = self._answers[question]
         if refusal is not None:
             raise refusal
 
-    def _answer(self, label: Label, digest: str) -> HousecallError | None:
+    def _answer(self, question: Question) -> HousecallError | None:
+        tensors, values = self._counts.get(question, (0, 0))
+        what = f"{tensors:,} tensor{'s' if tensors != 1 else ''}, {values:,} value{'s' if values != 1 else ''}"
         try:
-            self._gate.release(self._who, label, digest)
+            self._gate.release(self._who, question, what)
         except HousecallError as error:
             return error
         return None
+
+
+def counted(questions: Iterable[tuple[Question, int]]) -> dict[Question, tuple[int, int]]:
+    """How many tensors each question is about, and how many values in them."""
+    found: dict[Question, tuple[int, int]] = {}
+    for question, values in questions:
+        tensors, so_far = found.get(question, (0, 0))
+        found[question] = tensors + 1, so_far + values
+    return found

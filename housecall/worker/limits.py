@@ -83,6 +83,7 @@ class Meter:
         self._halt = Halt() if halt is None else halt
         self.spent = 0.0
         self.history = History()
+        self.may_use: Callable[[Label], None] | None = None  # asked before private data is read: `gate.Uses`
         self._store, self._randomness = store, randomness
         self._forecasts: dict[tuple[Any, ...], Forecast] = {}
         self._leaving = 0
@@ -102,6 +103,8 @@ class Meter:
         self.check_halted(call)
         label, failed = store.read_by(call) if store.private else (PUBLIC, False)
         if label:
+            if self.may_use is not None:
+                self.may_use(label)
             check_private(call, label, store)
         coming = self._forecast(call)
         if label:

@@ -37,17 +37,18 @@ class Owner:
         uses: int = 1,
         expires: datetime | None = None,
         words: str = "",
+        release: bool = False,
     ) -> Approval:
-        """Let it out, once unless said otherwise, within 24 hours unless said otherwise."""
-        made = self.requests.approve(id, self._key, uses, expires, words)
-        until = f"{uses} uses until {made.expires:%Y-%m-%d %H:%M} UTC"
-        self.ledger.append(_answered("approval", self.requests.get(id), until))
+        """Let a value out, or a program run: once unless said otherwise, within 24 hours unless said otherwise.
+        `release`: and what the program makes may leave, exactly."""
+        made = self.requests.approve(id, self._key, uses, expires, words, release=release)
+        self.gate.notice()
         return made
 
     def deny(self, id: str, reason: str) -> Request:
         """Do not."""
         denied = self.requests.deny(id, reason)
-        self.ledger.append(_answered("denial", denied, reason))
+        self.gate.notice()
         return denied
 
 
@@ -59,11 +60,6 @@ def gate_of(folder: str | os.PathLike[str]) -> Gate:
     public = public_key(place)
     ledger = Ledger(place)
     return Gate(Policies(place, public, changed=_noting(ledger)), Requests(place, public), ledger)
-
-
-def _answered(kind: str, request: Request, text: str) -> Entry:
-    who = f"{request.role} '{request.principal}'"
-    return Entry(kind, who, request.data_sets, request.digest, decision=f"request {request.id}: {text}")  # type: ignore[arg-type]  # one of the kinds
 
 
 class _noting:  # noqa: N801  # used as a function

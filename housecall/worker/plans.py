@@ -76,21 +76,33 @@ class Plans:
                 f"{MOST_PROGRAMS} of {MOST_BYTES:,}: begin a new session"
             )
 
+    def program(self, digest: str) -> Program:
+        """The program of this digest. Raises `ProgramError` if there is none."""
+        return self._plan(digest).program
+
+    def _plan(self, digest: str) -> Plan:
+        plan = self._plans.get(digest)
+        if plan is None:
+            reason = self._refused.get(digest)
+            why = f"it was refused: {reason}" if reason else "define it first"
+            raise ProgramError(f"this session has no program {digest[:64]}; {why}")
+        return plan
+
     def run(self, message: Run, store: Store, meter: Meter | None, report: Report, every: int = 1) -> Iterator[None]:
         """Run a program on slots of a store, `every` so many calls at a time; `report` is told of each that fails, as
-        one would whose arguments do not fit. Raises, with nothing changed and nothing bound, if there is no such
-        program, or it has other numbers of inputs and outputs, or the ids are taken."""
-        plan = self._plans.get(message.digest)
-        if plan is None:
-            reason = self._refused.get(message.digest)
-            why = f"it was refused: {reason}" if reason else "define it first"
-            raise ProgramError(f"this session has no program {message.digest[:64]}; {why}")
-        _check_counts(plan.program, message)
-        _check_new(message.outs, store)
+        one would whose arguments do not fit. Raises, with nothing changed and nothing bound, what `check` does."""
+        plan = self._plan(message.digest)
+        self.check(message, store)
         values = [_value(ref, store) for ref in message.inputs]
         if meter is not None:
             return Metered(plan, message, values, store, meter, self._ids).run(report, every)
         return _free(plan, message, store, values, report, every)
+
+    def check(self, message: Run, store: Store) -> None:
+        """Raise `ProgramError` if there is no such program, or it has other numbers of inputs and outputs, or the ids
+        are taken."""
+        _check_counts(self.program(message.digest), message)
+        _check_new(message.outs, store)
 
     def updates(self, digest: str) -> bool:
         """Whether a run of this program was to change inputs, as far as is known."""

@@ -221,15 +221,16 @@ def _lines(table: msgspec.Struct, prefix: str = "") -> Iterator[str]:
 
 # -- decisions ------------------------------------------------------------------------------------------------
 
-Kind = Literal["interactive", "plan", "statistics", "exact", "update", "metrics"]
+Kind = Literal["interactive", "programs", "plan", "statistics", "exact", "update", "metrics"]
 
 
 class Asked(msgspec.Struct, frozen=True):
     """A question to the owner: who asks, and what for.
 
-    `kind`: "interactive" (an operation on pointers), "plan" (run the program of this `digest`), and these, to let a
-    value out: "exact", "update" (through `pipeline`, the names of its stages), "metrics", "statistics". `approved`:
-    an approval that the owner signed for just this has been shown, and is good (`approvals.Requests.spend`)."""
+    `kind`: "interactive" (an operation on pointers), "programs" (have columns as inputs of programs, and nothing else),
+    "plan" (run the submission of this `digest`, which names the program and its inputs), and these, to let a value
+    out: "exact", "update" (through `pipeline`, the names of its stages), "metrics", "statistics". `approved`: an
+    approval that the owner signed for just this has been shown, and is good (`approvals.Requests.spend`)."""
 
     kind: Kind
     principal: str
@@ -311,6 +312,13 @@ def _plan(policy: Policy, asked: Asked) -> Refusal:
     return "plans.digests", "accepts only programs whose digests it lists, and this is none of them"
 
 
+def _programs(policy: Policy, asked: Asked) -> Refusal:
+    """Whether she may bind columns at all: to work on them, or for programs."""
+    if _plans(policy, asked) and (refusal := _interactive(policy, asked)):
+        return refusal
+    return None
+
+
 def _exact(policy: Policy, asked: Asked) -> Refusal:
     # Rights to use may have been withdrawn while she holds a value: then it stays.
     if _interactive(policy, asked) and _plans(policy, asked):
@@ -355,6 +363,7 @@ _RULES: dict[str, Callable[[Policy, Asked], Refusal]] = {
     "interactive": _interactive,
     "metrics": _metrics,
     "plan": _plan,
+    "programs": _programs,
     "statistics": _statistics,
     "update": _update,
 }
@@ -399,7 +408,8 @@ def _said(name: str, rule: str, why: str, asked: Asked, would: tuple[str, ...], 
     lines += [
         f"Allowed to '{asked.principal}': {'; '.join(would)}." if would else "Nothing of it is allowed to her or him."
     ]
-    lines += ["Ask for an approval with `.request(reason)`."] if approvable else []
+    how = "`recorded.submit(..., reason=...)`" if asked.kind == "plan" else "`.request(reason)`"
+    lines += [f"Ask for an approval with {how}."] if approvable else []
     return " ".join(lines)
 
 

@@ -12,20 +12,19 @@ import torch
 from ..errors import HousecallError
 from ..transport.arrays import share
 from ..wire.messages import Array, Failure
-from .gate import Opening
+from .gate import Opening, Question
 from .private import FAILED
 from .store import Cell
 
 __all__ = ["release"]
 
 
-def release(value: torch.Tensor, cell: Cell | None, opening: Opening, digest: str) -> Array | Failure:
-    """The elements of a value, on their way out: its own, never the rest of its storage. Or why they stay.
-
-    `digest` is that of the request which the value is part of, empty if nobody asked for it."""
+def release(value: torch.Tensor, cell: Cell | None, opening: Opening, question: Question) -> Array | Failure:
+    """The elements of a value, on their way out: its own, never the rest of its storage. Or why they stay. `question`
+    says what they derive from, which is looked at here once more."""
     if cell is not None and cell.label:
         try:
-            opening.ask(cell.label, digest)
+            opening.ask(question._replace(label=cell.label))
         except HousecallError as error:
             return Failure(0, 0, "release", str(error), writes=False)
         if cell.failed:

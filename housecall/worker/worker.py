@@ -12,17 +12,18 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 
 import msgspec
 import torch
 
 from ..errors import LimitError, PolicyError, ProgramError, UsageError
-from ..program.call import HOLE, Call, text
+from ..program.call import HOLE, Call, Program, text
+from ..program.ops import operator
 from ..program.run import Randomness, computing, execute
 from ..program.typing import type_of
 from ..transport.arrays import share
-from ..types import PUBLIC, TensorType
+from ..types import PUBLIC, Label, TensorType
 from ..wire import messages as wire
 from ..wire.messages import (
     Array,
@@ -49,18 +50,21 @@ from ..wire.messages import (
     Search,
     Seed,
     Status,
+    Submit,
     Tag,
     Types,
     Value,
 )
 from .catalogue import Catalogue
 from .device import at_home, home
-from .gate import Gate, Opening, Who
+from .gate import Gate, Opening, Question, Uses, Who, counted
 from .limits import TEXT, UNLIMITED, Limits, Meter
 from .owned import Owned
+from .plan import Report
 from .plans import Plans
 from .release import release
 from .store import Failed, Halt, Missing, Store
+from .submission import Origin, Submissions
 
 __all__ = ["MOST_FAILURES", "Worker", "WorkerSession"]
 
@@ -142,8 +146,11 @@ class WorkerSession:
         self.who = who
         self.id = secrets.token_hex(8)
         self.read: dict[str, str] = {}  # data sets that were loaded -> the identity of the data that they were then
-        self.asked: dict[str, str] = {}  # what `_key` calls a value -> the digest of the request that it is part of
+        # What `_key` calls a value -> the digest of the request that it is part of, and of what the owner reads of it.
+        self.asked: dict[str, tuple[str, str]] = {}
         self.store = Store()
+        self.uses = Uses(lambda: worker.gate, who)
+        self.submissions = Submissions(self.store)
         self.randomness = Randomness()
         self.halt = Halt()
         self.plans = Plans(worker.device, self.randomness, self.halt)
@@ -225,7 +232,7 @@ class WorkerSession:
                         drop(ref)
                 elif kind is Run:
                     report = functools.partial(self._report, frame.number, index, failures)
-                    for _ in self.plans.run(message, self.store, meter, report, every):  # type: ignore[arg-type]  # as above
+                    for _ in self._run(message, meter, report, every):  # type: ignore[arg-type]  # as above
                         meter.spent += clock() - began
                         yield
                         began = clock()
@@ -254,6 +261,8 @@ class WorkerSession:
                 if meter is not None:
                     meter.check_question(ids)
                 results.append(self._request(ids, reason))
+            case Submit(digest=digest, ids=ids, reason=reason, runs=runs):
+                results.append(self._submit(digest, ids, reason, runs))
             case Status(request=request):
                 results.append(self.worker.gate.status(self.who, request))
             case Describe(ids=ids):
@@ -282,12 +291,15 @@ class WorkerSession:
                 results.append(self._mock(name))
             case Clear():
                 self.store.clear()
+                self.submissions.clear()
             case Define(program=program):
                 self.plans.define(program)
 
     def _load(self, name: str, ids: tuple[int, ...]) -> None:
         identity = self.worker.catalogue.identity(name)
-        self.worker.gate.load(self.who, name)
+        self.uses.load(name)
+        if self.meter is not None:
+            self.meter.may_use = self.uses.check if self.uses.closed else None
         columns, label, found = self.worker.catalogue.lent(name)
         if found != identity:  # what was permitted was of other data
             raise PolicyError(_replaced(name))
@@ -308,6 +320,7 @@ class WorkerSession:
                 self.store.mark((ref,), label, failed=False)
             else:
                 self.store.lend(ref, column, label)
+            self.submissions.lent(ref, name, title, found)
             if self.meter is not None:
                 self.meter.history.lent(ref, f"{name}.{title}", self.store)
 
@@ -352,14 +365,70 @@ class WorkerSession:
             raise UsageError("these values derive from nobody's data: fetch them, there is nothing to ask")
         for name in sorted(self._gone().intersection(label.sources)):
             raise PolicyError(_replaced(name))
-        digest = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
         history = self.meter.history
         program = text(history.program(ids, self.store))
         if history.forgotten:
             program = f"the first {history.forgotten:,} calls are forgotten: all below may derive from them\n{program}"
+        shown = hashlib.sha256(program.encode("utf-8", "replace")).hexdigest()
+        digest = hashlib.sha256("\n".join([shown, *sorted(keys)]).encode()).hexdigest()
         said = self.worker.gate.request(self.who, label, digest, program, reason)
-        self.asked.update(dict.fromkeys(keys, digest))
+        self.asked.update(dict.fromkeys(keys, (digest, shown)))
         return said
+
+    # -- programs on data that only programs may read ------------------------------------------------------
+
+    def _submit(self, digest: str, ids: tuple[int, ...], reason: str, runs: int) -> Requested:
+        """Ask the owner to let a program run on these slots."""
+        program = self.plans.program(digest)
+        if len(ids) != len(program.inputs):
+            raise ProgramError(f"this program has {len(program.inputs)} inputs, and {len(ids)} were given")
+        names = self.uses.among(self._read_by(program, ids))
+        if self.meter is None or not names:
+            raise UsageError("this program reads nothing that only programs may read: run it, there is nothing to ask")
+        for name in sorted(self._gone().intersection(names)):
+            raise PolicyError(_replaced(name))
+        return self.worker.gate.submit(self.who, names, self.submissions.of(program, ids), reason, runs)
+
+    def _read_by(self, program: Program, ids: tuple[int, ...]) -> Label:
+        """The label of all that a run of a program on these slots reads."""
+        label = PUBLIC
+        for ref in ids:
+            label = label | self.store.label(ref)
+        if self.store.drawn and any(operator(call.op).random for call in program.calls):
+            label = label | self.store.drawn
+        return label
+
+    def _run(self, message: Run, meter: Meter, report: Report, every: int) -> Iterator[None]:
+        """A run through the meter. If it reads what only programs may read, the owner is asked first, for the whole;
+        then its calls are not asked for one by one."""
+        origin, program = None, self.plans.program(message.digest)
+        if meter.may_use is not None:
+            self.plans.check(message, self.store)
+            origin = self._admitted(message, program)
+        steps = self.plans.run(message, self.store, meter, report, every)
+        if origin is None:
+            yield from steps
+            return
+        may_use, meter.may_use = meter.may_use, None
+        try:
+            yield from steps
+        finally:
+            meter.may_use = may_use
+            self.submissions.made(origin, program, message.inputs, message.outs)
+
+    def _admitted(self, message: Run, program: Program) -> Origin | None:
+        """What a run's values are made by, if it reads what only programs may read, and may. Raises `PolicyError`, or
+        what would make the run fail in any case, before an approval is used."""
+        names = self.uses.among(self._read_by(program, message.inputs))
+        if not names:
+            return None
+        if self.halt.cause is not None:
+            raise self.halt.cause
+        for name in sorted(self._gone().intersection(names)):
+            raise PolicyError(_replaced(name))
+        submission = self.submissions.of(program, message.inputs)
+        approval = self.worker.gate.run(self.who, names, submission)
+        return self.submissions.after(submission, message.inputs, approval)
 
     def _key(self, ref: int) -> str:
         """What one value of one slot is called in requests: not the same after a write, nor once the id was freed and
@@ -370,8 +439,11 @@ class WorkerSession:
         return f"{self.id}/{self.store.bindings.get(ref, 0)}/{cell.writes}"
 
     def _fetched(self, ids: tuple[int, ...]) -> tuple[Array | Failure, ...]:
-        opening, gone = Opening(self.worker.gate, self.who), self._gone()
-        found = [self._stays(ref, gone) or self._released(ref, opening) for ref in ids]
+        gone = self._gone()
+        asked = {ref: self._question(ref) for ref in ids if ref in self.store.cells and not self._stays(ref, gone)}
+        counts = counted((asked[ref], self.store.specs[ref].size.numel()) for ref in ids if ref in asked)
+        opening = Opening(self.worker.gate, self.who, counts)
+        found = [self._stays(ref, gone) or self._released(ref, opening, asked.get(ref)) for ref in ids]
         late = self._gone() - gone  # replaced while it was decided: by whose rules, nobody knows
         return tuple([self._stays(ref, late) or item for ref, item in zip(ids, found, strict=True)] if late else found)
 
@@ -380,7 +452,15 @@ class WorkerSession:
         sources = gone.intersection(self.store.label(ref).sources) if gone else ()
         return Failure(0, 0, "release", _replaced(min(sources)), writes=False) if sources else None
 
-    def _released(self, ref: int, opening: Opening) -> Array | Failure:
+    def _question(self, ref: int) -> Question:
+        """What is asked of a value that is to leave."""
+        label = self.store.label(ref)
+        if not label:
+            return Question(label)
+        digest, shown = self.asked.get(self._key(ref), ("", "")) if self.asked else ("", "")
+        return Question(label, digest, shown, self.submissions.origin(ref))
+
+    def _released(self, ref: int, opening: Opening, question: Question | None) -> Array | Failure:
         value = self._held(ref)
         if isinstance(value, Failure):
             return value
@@ -389,9 +469,7 @@ class WorkerSession:
                 self.meter.check_release(value)
             except LimitError as error:
                 return Failure(0, 0, "fetch", f"{type(error).__name__}: {error}", writes=False)
-        cell = self.store.cells.get(ref)
-        digest = self.asked.get(self._key(ref), "") if cell is not None and cell.label and self.asked else ""
-        return release(value, cell, opening, digest)
+        return release(value, self.store.cells.get(ref), opening, question or Question(PUBLIC))
 
     def _described(self, ref: int) -> TensorType | Failure | None:
         if ref not in self.store:  # a hole: the operator gave nothing there

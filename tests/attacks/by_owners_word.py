@@ -18,7 +18,7 @@ from housecall.program.call import Call, Items
 from housecall.transport.arrays import share
 from housecall.types import Ref
 from housecall.wire.messages import Clear, Drop, Fetch, Frame, Load, Put, Request, Status
-from housecall.worker.gate import Gate, Who
+from housecall.worker.gate import Gate, Question, Who
 from housecall.worker.ledger import Entry, Ledger
 from housecall.worker.limits import Limits
 from housecall.worker.policies import Policies, draft, sign
@@ -62,13 +62,13 @@ def attack_uses_an_approval_twice(world: World) -> Any:
 @attack("uses")
 def attack_spends_one_approval_in_parallel(world: World) -> Any:
     _mean(world)
-    digest = next(iter(world.door.asked.values()))
+    question = Question(HEART, *next(iter(world.door.asked.values())))
     gate, ready, out = world.worker.gate, threading.Barrier(8), []
 
     def spend() -> None:
         ready.wait()
         try:
-            gate.release(world.door.who, HEART, digest)
+            gate.release(world.door.who, question)
         except PolicyError:
             return
         out.append(1)
@@ -122,8 +122,13 @@ def attack_frees_an_approved_id_and_binds_it_anew(world: World) -> Any:
 
 @attack("lives")
 def attack_frees_an_approved_id_and_asks_again(world: World) -> Any:
-    _mean(world)
-    world.done(Drop((10,)), call("clone.default", X))
+    """The program that her owner reads is the same, to the letter; what she brings to it is not."""
+    world.put(5, torch.zeros(6, 4))
+    world.done(call("mul.Tensor", X, MINE))
+    world.approved(10)
+    world.done(Drop((5, 10)))
+    world.put(5, torch.ones(6, 4))
+    world.done(call("mul.Tensor", X, MINE))
     world.asked(10)
     return world.taken(10)
 
@@ -165,23 +170,22 @@ def attack_an_approval_in_another_session(world: World) -> Any:
 @attack("approval's principal")
 def attack_another_principals_approval(world: World) -> Any:
     _mean(world)
-    digest = next(iter(world.door.asked.values()))
-    return _released(world, Who("me", "scientist"), digest)
+    return _released(world, Who("me", "scientist"))
 
 
 @attack("approval's principal")
 def attack_an_approval_in_another_role(world: World) -> Any:
     _mean(world)
-    digest = next(iter(world.door.asked.values()))
-    return _released(world, Who("mallory", "hub"), digest)
+    return _released(world, Who("mallory", "hub"))
 
 
-def _released(world: World, who: Who, digest: str) -> Any:
+def _released(world: World, who: Who) -> Any:
+    question = Question(HEART, *next(iter(world.door.asked.values())))
     try:
-        world.worker.gate.release(who, HEART, digest)
+        world.worker.gate.release(who, question)
     except (PolicyError, LedgerError):
         return None
-    return digest
+    return question
 
 
 @attack("expiry")
@@ -228,7 +232,7 @@ def attack_an_approvals_digest_edited(world: World) -> Any:
     world.done(call("mean.default", X, outs=(11,)), call("clone.default", X))
     mean, clone = world.asked(11), world.owner.requests.get(world.asked(10))
     made = world.owner.requests.approve(mean, world.owner._key)
-    edited = msgspec.json.encode(msgspec.structs.replace(made, digest=clone.digest))
+    edited = msgspec.json.encode(msgspec.structs.replace(made, digest=clone.digest, shown=clone.shown))
     world.owner.requests._shelf.write(f"approvals/{mean}.json", edited)
     return world.taken(10)
 

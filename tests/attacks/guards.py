@@ -83,7 +83,7 @@ def _undrawn(self: Store, call: Any) -> Any:
 
 
 def _any_principal(self: Requests, *args: Any) -> Any:
-    _, _, kind, digest, _, now = args
+    _, _, kind, digest, _, _, now = args
     return next(
         (a for a in self._approvals() if (a.kind, a.digest) == (kind, digest) and now < a.expires and self._used(a)),
         None,
@@ -91,11 +91,11 @@ def _any_principal(self: Requests, *args: Any) -> Any:
 
 
 def _timeless(self: Requests, *args: Any) -> Any:
-    return _spend(self, *args[:5], datetime(2000, 1, 1, tzinfo=UTC))
+    return _spend(self, *args[:6], datetime(2000, 1, 1, tzinfo=UTC))
 
 
-def _good(self: Requests, who: str, role: str, kind: Any, digest: str, sets: Any, now: Any) -> Approval:
-    return Approval("0" * 16, who, role, kind, tuple(sets), digest, 1, now)
+def _good(self: Requests, who: str, role: str, kind: Any, digest: str, shown: str, sets: Any, now: Any) -> Approval:
+    return Approval("0" * 16, who, role, kind, tuple(sets), digest, 1, now, shown)
 
 
 def _silent_note(self: Gate, *args: Any) -> None:
@@ -106,9 +106,9 @@ def _silent_note(self: Gate, *args: Any) -> None:
 _note, _get = Gate._note, Requests.get
 
 
-def _once_for_all(self: Opening, label: Any, digest: str) -> None:
+def _once_for_all(self: Opening, question: Any) -> None:
     if not getattr(self, "opened", False):
-        self._gate.release(self._who, label, digest)
+        self._gate.release(self._who, question)
         self.opened = True
 
 

@@ -1,0 +1,233 @@
+"""`Submission`: a program together with whose values its inputs are: what an owner reads, approves, and lets run.
+
+What must live here: where the inputs of a run come from, the digest of program and inputs together, and the text that
+an owner reads. What must not: whether it may run (`gate`), and how (`plans`).
+
+NOTE [What an input is]
+- a *column* of an owned data set, whole and as it is;
+- *brought*: it derives from nobody's data; whoever submits the program has it, and can make it what she likes;
+- *made*: it derives from data that only programs may read, by a run of an accepted one, which is named by its digest.
+An approved program may go on from what its own runs have made, as if that had been brought in its place: a training
+step's parameters. That gives nobody more than she has: were it released in between, she could bring it again. To any
+other program it is `made`, and that is part of what is approved. So no approved program can be pointed at other
+columns, nor at what another program has left.
+
+NOTE [Of slots, not of storages]
+A label is of a storage: to be private is catching. What may leave is not: a program whose outputs may leave can give a
+view of what another one made, and that one stays. So what made a value is known of its slot, and only until the slot is
+freed, or its storage is written to by way of another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import NamedTuple
+
+import msgspec
+
+from ..errors import ProgramError
+from ..program.call import Program, text
+from ..program.flow import flow
+from ..program.run import type_program
+from ..types import PUBLIC, Label, TensorType
+from .approvals import Approval
+from .store import Cell, Store
+
+__all__ = ["Origin", "Source", "Submission", "Submissions"]
+
+_PURPOSE = b"housecall submission 1\0"
+_NAME = re.compile(r"[^\s(){}%,:;=/#\\]{1,200}")  # of inputs, outputs, numbers: nothing that could pass for a program
+
+# Where an input comes from: ("column", data set, column, the data's identity), ("brought",), or ("made", digest, data
+# sets ...). An approval of one data set's records is none of those that replace them.
+Source = tuple[str, ...]
+BROUGHT: Source = ("brought",)
+
+
+class Origin(NamedTuple):
+    """What a value that derives from such data was made by: the run's digest, and the approvals that let out what all
+    runs on the way to it gave. `None`: not all of them were approved with that."""
+
+    digest: str
+    approvals: frozenset[str] | None = None
+
+
+class Submission:
+    """A program, and the source of each of its inputs, in their order; `labels` are theirs."""
+
+    def __init__(self, program: Program, sources: tuple[Source, ...], labels: tuple[Label, ...]) -> None:
+        self.program, self.sources, self._labels = program, sources, labels
+        self.digest = hashlib.sha256(_PURPOSE + program.digest.encode() + msgspec.msgpack.encode(sources)).hexdigest()
+
+    @cached_property
+    def text(self) -> str:
+        """What its owner reads. Raises `ProgramError` for names that could mislead her."""
+        _check_names(self.program)
+        lines = [f"submission  {self.digest}", f"program     {self.program.digest}", "", *self._inputs(), ""]
+        return "\n".join([*lines, *self._outputs(), "", text(self._named())])
+
+    @cached_property
+    def shown(self) -> str:
+        """The SHA-256 of the text: an approval is of the text that was read."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def _inputs(self) -> list[str]:
+        lines = ["inputs"]
+        for name, item, source in zip(self._names(), self.program.inputs, self.sources, strict=True):
+            updated = ", updated" if item.updates else ""
+            lines.append(f"  {name}: {item.type}{updated}: {_words(source)}")
+        lines += [f"  {name}: a number, given anew with each run" for name, _ in self.program.numbers]
+        if BROUGHT in self.sources:
+            lines.append("  (brought: whoever submits this chooses it, or has it of an earlier run of just this)")
+        return lines
+
+    def _outputs(self) -> list[str]:
+        """What a run makes, and how much of it derives from whose data."""
+        labels = self._flow()
+        types = type_program(self.program)
+        named = dict(zip((item.name for item in self.program.inputs), self._names(), strict=True))
+        lines, values = ["what a run makes"], 0
+        updated = [
+            (f"{named[item.name]} (updated)", item.name, item.type) for item in self.program.inputs if item.updates
+        ]
+        made = [(name, name, types[name]) for name, _ in self.program.outputs]
+        for shown, name, type_ in (*updated, *made):
+            label = labels.get(name, PUBLIC)
+            lines.append(f"  {shown}: {type_}: {f'of {label}' if label else 'of nobody'}")
+            values += _count(type_) if label else 0
+        return [*lines, f"  together {values:,} values that derive from owned data"]
+
+    def _flow(self) -> dict[str, Label]:
+        labels = {item.name: label for item, label in zip(self.program.inputs, self._labels, strict=True)}
+        return flow(self.program, labels)
+
+    def _names(self) -> list[str]:
+        """What the inputs are called in print: a column by its own name, whatever else with where it comes from."""
+        return [
+            f"{source[1]}.{source[2]}" if source[0] == "column" else f"{source[0]}/{item.name}"
+            for item, source in zip(self.program.inputs, self.sources, strict=True)
+        ]
+
+    def _named(self) -> Program:
+        inputs = [
+            msgspec.structs.replace(item, name=name)
+            for item, name in zip(self.program.inputs, self._names(), strict=True)
+        ]
+        return msgspec.structs.replace(self.program, inputs=tuple(inputs))
+
+
+def _count(type_: TensorType) -> int:
+    return math.prod(type_.shape)
+
+
+def _words(source: Source) -> str:
+    if source[0] == "column":
+        return f"column '{source[2]}' of data set '{source[1]}'"
+    if source == BROUGHT:
+        return "brought"
+    if source[1]:
+        return f"made by the submission {source[1]}"
+    return "made of owned data in other ways"
+
+
+def _check_names(program: Program) -> None:
+    inputs = [item.name for item in program.inputs]
+    for kind, names in (
+        ("input", inputs),
+        ("output", [name for name, _ in program.outputs]),
+        ("number", [name for name, _ in program.numbers]),
+    ):
+        for name in names:
+            if not _NAME.fullmatch(name) or not name.isprintable():
+                raise ProgramError(f"{kind} {name[:80]!r}: an owner could misread that name; rename it")
+        if len(set(names)) < len(names):
+            raise ProgramError(f"two {kind}s have one name: an owner could not tell them apart; rename one")
+    if {name for name, _ in program.outputs} & {item.name for item in program.inputs if item.updates}:
+        raise ProgramError("an output has the name of an input that is updated; rename it")
+
+
+class Submissions:
+    """What one session has of data that only programs may read: which slots are columns, and what made the rest."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        # By binding (`Store.bindings`), not by slot: ids come again.
+        self._columns: dict[int, tuple[Source, Cell]] = {}
+        self._origins: dict[int, tuple[Origin, Cell, int]] = {}  # with the storage, and how often it was written to
+        self._known: dict[str, Submission] = {}
+
+    def lent(self, ref: int, data_set: str, column: str, identity: str) -> None:
+        """A column was bound to a slot."""
+        self._columns[self._store.bindings[ref]] = ("column", data_set, column, identity), self._store.cells[ref]
+
+    def clear(self) -> None:
+        """All slots were freed."""
+        self._columns.clear()
+        self._origins.clear()
+
+    def origin(self, ref: int) -> Origin | None:
+        """What made a slot's value; `None` where that was no single accepted program: see NOTE [Of slots]."""
+        found = self._origins.get(self._store.bindings.get(ref, 0))
+        if found is None:
+            return None
+        origin, cell, writes = found
+        return origin if self._store.cells.get(ref) is cell and cell.writes == writes else None
+
+    def of(self, program: Program, refs: tuple[int, ...]) -> Submission:
+        """A program on these slots. Raises `ProgramError` for slots of other types than its inputs: an owner who reads
+        that 64 rows are taken is not to find that it was one."""
+        for item, ref in zip(program.inputs, refs, strict=True):
+            spec = self._store.specs.get(ref)
+            if spec is None or (spec.type.dtype, spec.type.shape) != (item.type.dtype, item.type.shape):
+                found = "no value of this session" if spec is None else f"a {spec.type}"
+                raise ProgramError(f"input '{item.name}' is {found}, expected a {item.type}")
+        sources = tuple([self._source(ref) for ref in refs])
+        for digest in dict.fromkeys(source[1] for source in sources if source[0] == "made"):
+            known = self._known.get(digest)
+            if known is not None and known.program.digest == program.digest and _goes_on(known, sources):
+                return known
+        made = Submission(program, sources, tuple([self._store.label(ref) for ref in refs]))
+        return self._known.setdefault(made.digest, made)
+
+    def after(self, submission: Submission, refs: tuple[int, ...], approval: Approval | None) -> Origin:
+        """What a run of a submission on these slots makes its values of: they leave by its approval only if the runs of
+        it that it goes on from were approved so. What another one made is an input that its owner read of."""
+        known = [origin for origin in map(self.origin, refs) if origin is not None]
+        chain = [origin for origin in known if origin.digest == submission.digest]
+        if approval is None or not approval.release or any(origin.approvals is None for origin in chain):
+            return Origin(submission.digest)
+        earlier = [origin.approvals for origin in chain if origin.approvals is not None]
+        return Origin(submission.digest, frozenset({approval.id}.union(*earlier)))
+
+    def made(self, origin: Origin, program: Program, inputs: Iterable[int], outs: Iterable[int]) -> None:
+        """An accepted run has made these slots, and changed those inputs that it updates."""
+        updated = [ref for item, ref in zip(program.inputs, inputs, strict=True) if item.updates]
+        for ref in (*outs, *updated):
+            cell = self._store.cells.get(ref)
+            if cell is not None and cell.label:
+                self._origins[self._store.bindings[ref]] = origin, cell, cell.writes
+        if len(self._origins) > 1_000 + 2 * len(self._store):
+            alive = set(self._store.bindings.values())
+            self._origins = {binding: made for binding, made in self._origins.items() if binding in alive}
+
+    def _source(self, ref: int) -> Source:
+        cell = self._store.cells[ref]
+        column = self._columns.get(self._store.bindings[ref]) if cell.label else None
+        if column is not None and column[1] is cell and not cell.writes:
+            return column[0]
+        if not cell.label:
+            return BROUGHT
+        origin = self.origin(ref)
+        return ("made", origin.digest if origin is not None else "", *cell.label.sources)
+
+
+def _goes_on(known: Submission, sources: tuple[Source, ...]) -> bool:
+    """Whether these are a submission's sources, or what its own runs have made in the place of what is no column."""
+    return all(
+        now == then or (now[:2] == ("made", known.digest) and then[0] != "column")
+        for now, then in zip(sources, known.sources, strict=True)
+    )

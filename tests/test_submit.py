@@ -1,0 +1,484 @@
+"""Programs that are submitted: their owner reads them, and they run on her data and on nothing else."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import housecall as hc
+from housecall.program.call import Call, Input, Items
+from housecall.transport.arrays import share
+from housecall.types import Ref, TensorType
+from housecall.wire.messages import Array, Clear, Define, Drop, Fetch, Frame, Load, Put, Requested, Run, Submit
+from housecall.worker import private
+from housecall.worker.owner import Owner
+from housecall.worker.policy import Plans, Policy, Release, Use
+from housecall.worker.worker import Worker, WorkerSession
+
+ASKED = Policy(use=Use(plans=("me",)), plans=Plans(ask=True), release=Release(approvals=True))
+X, Y = torch.randn(20, 3, generator=torch.Generator().manual_seed(1)), torch.arange(20.0) / 20
+ROWS = torch.arange(8)
+
+
+def step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, optimizer: Any) -> torch.Tensor:
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(x.index_select(0, rows)).squeeze(1), y.index_select(0, rows))
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+class Study:
+    """A scientist's model and her recorded step, at a worker with an owner's data."""
+
+    def __init__(self, clinic: Any) -> None:
+        torch.manual_seed(0)
+        self.clinic = clinic
+        self.model = nn.Linear(3, 1)
+        self.start = {name: value.clone() for name, value in self.model.state_dict().items()}
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.step = hc.record(lambda model, x, y, rows: step(model, x, y, rows, optimizer), self.model, X, Y, ROWS)
+        self.model.send(clinic)
+        heart = clinic.dataset("heart")
+        self.x, self.y, self.rows = heart.column("x"), heart.column("y"), ROWS.send(clinic)
+
+    def submit(self, **options: Any) -> Any:
+        return self.step.submit(self.model, self.x, self.y, self.rows, **{"reason": "for the paper", **options})
+
+    def run(self) -> Any:
+        return self.step(self.model, self.x, self.y, self.rows)
+
+    def expected(self, runs: int) -> nn.Module:
+        """What the same steps give on the records themselves."""
+        model = nn.Linear(3, 1)
+        model.load_state_dict(self.start)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(runs):
+            step(model, X, Y, ROWS, optimizer)
+        return model
+
+
+@pytest.fixture(params=["direct", "codec"])
+def clinic(request: pytest.FixtureRequest) -> hc.VirtualWorker:
+    worker = hc.VirtualWorker(id="clinic", codec=request.param == "codec")
+    worker.add("heart", x=X.clone(), y=Y.clone(), policy=ASKED)
+    return worker
+
+
+@pytest.fixture
+def study(clinic: hc.VirtualWorker) -> Study:
+    return Study(clinic)
+
+
+def refused(attempt: Callable[[], Any]) -> str:
+    with pytest.raises(hc.HousecallError) as caught:
+        attempt()
+    return str(caught.value).partition("\n")[0]
+
+
+def kinds(owner: Owner) -> list[str]:
+    return [sealed.entry.kind for sealed in owner.ledger.entries()]
+
+
+# -- with pointers ----------------------------------------------------------------------------------------------
+
+
+def test_a_program_is_submitted_approved_run_and_what_it_makes_released(study: Study) -> None:
+    owner = study.clinic.owner
+    answer = study.submit(runs=3)
+    assert answer.status == "pending"
+    (request,) = owner.pending()
+    assert (request.kind, request.digest, request.runs) == ("program", answer.digest, 3)
+    owner.approve(request.id, uses=3, release=True)
+    assert answer.wait().status == "approved"
+    losses = [study.run() for _ in range(3)]
+    assert float(losses[2].get()) < float(losses[0].get())
+    study.model.get()
+    for name, value in study.expected(3).state_dict().items():
+        assert torch.equal(study.model.state_dict()[name], value), name
+    assert "plans.ask" in refused(lambda: Study(study.clinic).run().get())  # the fourth run
+    runs = [sealed.entry for sealed in owner.ledger.entries() if answer.digest in sealed.entry.program]
+    assert [entry.kind for entry in runs] == ["request", "approval", "run", "run", "run", "release"] + [
+        "release"
+    ] * 2 + ["refusal"]
+    left = [entry for entry in runs if entry.kind == "release"]
+    assert [re.search(r"\d+ tensors?, .*", entry.decision).group() for entry in left] == [  # type: ignore[union-attr]
+        "1 tensor, 1 value",
+        "1 tensor, 1 value",
+        "2 tensors, 4 values",
+    ]
+    assert all(request.id in entry.program for entry in left)
+
+
+def test_the_owner_reads_whose_columns_go_where_and_what_comes_of_it(study: Study) -> None:
+    study.submit()
+    (request,) = study.clinic.owner.pending()
+    text = request.program
+    assert request.digest in text
+    assert study.step.digest in text
+    assert "heart.x: float32[20, 3]: column 'x' of data set 'heart'" in text
+    assert "brought/model.weight: float32[1, 3], updated: brought" in text
+    assert "brought/model.weight (updated): float32[1, 3]: of heart" in text
+    assert "together 5 values that derive from owned data" in text
+    assert "index_select.default(heart.x, 0, brought/rows)" in text
+
+
+def test_without_an_approval_nothing_of_it_may_be_touched(study: Study) -> None:
+    attempts: dict[str, Callable[[], Any]] = {
+        "a call": lambda: (study.x + 1).get(),
+        "a view": lambda: study.x.t().get(),
+        "a copy": lambda: study.x.copy().get(),
+        "a write into hers": lambda: torch.zeros(20, 3).send(study.clinic).copy_(study.x).get(),
+        "a batch": lambda: study.x[:4].get(),
+        "an operator without results": lambda: torch._foreach_add_([torch.zeros(20, 3).send(study.clinic)], [study.x]),
+        "a mean": lambda: study.x.mean().item(),
+    }
+    texts = set()
+    for name, attempt in attempts.items():
+        text = refused(lambda attempt=attempt: (attempt(), study.clinic.session.wait()))  # type: ignore[misc]
+        assert "rule use.interactive" in text, name
+        texts.add(text.partition("PolicyError: ")[2])
+    assert len(texts) == 1
+    assert "plans.ask" in refused(lambda: study.run().get())
+    assert "release.approvals" in refused(study.x.get)
+    torch.ones(3).send(study.clinic).add(1).get()  # what is hers she works on as ever
+
+
+def test_running_alone_lets_nothing_out(study: Study) -> None:
+    answer = study.submit()
+    study.clinic.owner.approve(answer.id)
+    loss = study.run()
+    assert "release.approvals" in refused(loss.get)
+    assert "release.approvals" in refused(study.model.get)
+    assert "use.interactive" in refused(lambda: (loss + 1).get())
+    assert "release.approvals" in refused(loss.get)
+    request = loss.request("the loss as well")
+    study.clinic.owner.approve(request.id)
+    assert torch.is_tensor(loss.get())
+
+
+def test_a_denial_an_end_and_a_withdrawal(study: Study) -> None:
+    owner = study.clinic.owner
+    answer = study.submit()
+    owner.deny(answer.id, "not this one")
+    with pytest.raises(hc.PolicyError, match="not this one"):
+        answer.wait()
+    assert "plans.ask" in refused(lambda: study.run().get())
+    other = study.submit(runs=2)
+    owner.approve(other.id, uses=5, release=True)
+    loss = study.run()
+    study.clinic.session.wait()
+    owner.deny(other.id, "I was mistaken")
+    assert "release.approvals" in refused(loss.get)  # what had not left stays
+    assert "plans.ask" in refused(lambda: study.run().get())
+    third = study.submit(runs=3)
+    owner.approve(third.id, uses=5, release=True)
+    owner.gate._now = lambda: datetime.now(UTC) + timedelta(days=2)
+    assert "plans.ask" in refused(lambda: study.run().get())
+
+
+def test_a_policy_that_lists_the_digest_asks_nobody(study: Study) -> None:
+    asked = study.submit()
+    listed = Policy(use=ASKED.use, plans=Plans(digests=(asked.digest,)), release=Release(exact=("me",)))
+    study.clinic.owner.policies.register("heart", listed)
+    answer = study.submit()
+    assert (answer.id, answer.status) == ("", "approved")
+    study.run()
+    study.run()
+    study.model.get()
+    assert torch.equal(study.model.weight, study.expected(2).weight)
+    other = hc.record(lambda x: x.sum(), X)
+    assert "plans.digests" in refused(lambda: other(study.x).get())
+    assert "asking is of no use" in refused(lambda: other.submit(study.x, reason="and this?"))
+
+
+def test_an_approved_program_cannot_be_pointed_elsewhere(clinic: hc.VirtualWorker) -> None:
+    clinic.add("heart", x=X.clone(), y=Y.clone(), secret=X.clone(), policy=ASKED, replace=True)
+    clinic.add("lungs", x=X.clone(), policy=ASKED)
+    heart, lungs = clinic.dataset("heart"), clinic.dataset("lungs")
+    total = hc.record(lambda x: x.sum(0), X)
+    answer = total.submit(heart.column("x"), reason="the sum")
+    clinic.owner.approve(answer.id, uses=100, release=True)
+    assert torch.equal(total(heart.column("x")).get(), X.sum(0))
+    assert "plans.ask" in refused(lambda: total(heart.column("secret")).get())
+    assert "plans.ask" in refused(lambda: total(lungs.column("x")).get())
+    doubled = hc.record(lambda x: x * 2, X)
+    clinic.owner.approve(doubled.submit(heart.column("x"), reason="twice").id)
+    assert "plans.ask" in refused(lambda: total(doubled(heart.column("x"))).get())  # what another made
+
+
+def test_a_program_may_go_on_from_its_own_runs_and_what_it_makes_leaves_if_all_were_approved_so(study: Study) -> None:
+    owner = study.clinic.owner
+    owner.approve(study.submit().id)
+    study.run()  # approved, without release
+    second = study.submit()
+    owner.approve(second.id, uses=2, release=True)
+    loss = study.run()
+    assert "release.approvals" in refused(loss.get)
+    fresh = Study(study.clinic)
+    assert fresh.step.digest == study.step.digest
+    fresh.run().get()
+
+
+def test_a_view_of_what_another_program_made_takes_nothing_along(clinic: hc.VirtualWorker) -> None:
+    """A label is of a storage; that something may leave is not."""
+    x = clinic.dataset("heart").column("x")
+    doubled, first = hc.record(lambda x: x * 2, X), hc.record(lambda x: x[0], X)
+    owner = clinic.owner
+    owner.approve(doubled.submit(x, reason="not to leave").id)
+    whole = doubled(x)
+    owner.approve(first.submit(whole, reason="one row, to leave").id, release=True)
+    row = first(whole)
+    assert "release.approvals" in refused(whole.get)
+    assert torch.equal(row.get(), 2 * X[0])
+
+
+def test_reading_what_was_made_does_not_make_it_anew(clinic: hc.VirtualWorker) -> None:
+    x = clinic.dataset("heart").column("x")
+    doubled, count = hc.record(lambda x: x * 2, X), hc.record(lambda x: x.sum() * 0, X)
+    owner = clinic.owner
+    owner.approve(doubled.submit(x, reason="not to leave").id)
+    whole = doubled(x)
+    owner.approve(count.submit(whole, reason="nothing, to leave").id, release=True)
+    assert count(whole).get() == 0
+    assert "release.approvals" in refused(whole.get)
+
+
+def test_there_is_nothing_to_ask_where_pointers_are_allowed(clinic: hc.VirtualWorker) -> None:
+    clinic.add("open", x=X, policy=Policy(use=Use(interactive=("me",)), release=Release(approvals=True)))
+    total = hc.record(lambda x: x.sum(), X)
+    x = clinic.dataset("open").column("x")
+    assert "nothing to ask" in refused(lambda: total.submit(x, reason="the sum"))
+    assert "release.approvals" in refused(lambda: total(x).get())
+
+
+def test_pointers_to_one_and_programs_on_another(clinic: hc.VirtualWorker) -> None:
+    """What derives from both is closed as the second is."""
+    clinic.add("open", x=X.clone(), policy=Policy(use=Use(interactive=("me",)), release=Release(exact=("me",))))
+    mine, theirs = clinic.dataset("open").column("x") + 1, clinic.dataset("heart").column("x")
+    joined = hc.record(lambda a, b: a + b, X, X)
+    clinic.owner.approve(joined.submit(mine, theirs, reason="both").id, release=True)
+    both = joined(mine, theirs)
+    assert "use.interactive" in refused(lambda: (both + 1).get())
+    assert "release.approvals" in refused(both.get)  # the approval is of heart alone
+    assert torch.equal(mine.get(), X + 1)
+
+
+def test_submitting_is_refused_by_name() -> None:
+    clinic = hc.VirtualWorker(id="clinic")
+    clinic.add("heart", x=X.clone(), policy=ASKED)
+    x = clinic.dataset("heart").column("x")
+    total = hc.record(lambda x: x.sum(), X)
+    assert "wants to read why" in refused(lambda: total.submit(x, reason=" "))
+    assert "once or more" in refused(lambda: total.submit(x, reason="why", runs=0))
+    assert "none of the tensors is at a worker" in refused(lambda: total.submit(X, reason="why"))
+    assert "there is nothing to ask" in refused(lambda: total.submit(X.send(clinic), reason="why"))
+    named = hc.record(lambda parts: parts["x) {"] + 1, {"x) {": X})
+    assert "could misread that name" in refused(lambda: named.submit({"x) {": x}, reason="why"))
+
+
+def test_a_wait_for_an_answer(study: Study) -> None:
+    answer = study.submit()
+    with pytest.raises(TimeoutError):
+        answer.wait(timeout=0.01, every=0.001)
+    threading.Timer(0.05, lambda: study.clinic.owner.approve(answer.id)).start()
+    assert answer.wait(every=0.01).status == "approved"
+
+
+# -- with frames ------------------------------------------------------------------------------------------------
+
+
+class World:
+    """One session's door at a worker with an owner's data: %1 is `x`, %2 is `secret`, of one type."""
+
+    def __init__(self, policy: Policy = ASKED) -> None:
+        self.owner, self.worker = Owner(), Worker("clinic")
+        self.worker.gate = self.owner.gate
+        self.worker.catalogue.register("heart", {"x": X.clone(), "secret": 2 * X})
+        self.owner.policies.register("heart", policy)
+        self.number = 0
+        self.door = self.opened()
+
+    def opened(self) -> WorkerSession:
+        door = self.worker.open("me")
+        self.frame(Load("heart", (1, 2)), door=door)
+        return door
+
+    def frame(self, *messages: Any, door: WorkerSession | None = None) -> Any:
+        self.number += 1
+        return (door or self.door).handle(Frame(self.number, messages))
+
+    def why(self, *messages: Any, door: WorkerSession | None = None) -> str:
+        """The one failure that these messages end in."""
+        (failure,) = self.frame(*messages, door=door).failures
+        self.door.halt.cause = None
+        return failure.reason
+
+    def approved(self, program: hc.Program, ids: tuple[int, ...], **options: Any) -> str:
+        (said,) = self.frame(Define(program), Submit(program.digest, ids, "why")).results
+        assert isinstance(said, Requested)
+        self.owner.approve(said.request, **options)
+        return said.request
+
+    def taken(self, ref: int) -> torch.Tensor | None:
+        (value,) = self.frame(Fetch((ref,))).results[0].arrays
+        return value.data if isinstance(value, Array) else None
+
+
+def program(op: str = "sum.default", *args: Any, shape: tuple[int, ...] = (20, 3), count: int = 1) -> hc.Program:
+    type_ = TensorType("float32", shape, (shape[1], 1) if len(shape) == 2 else (1,))
+    inputs = tuple(Input(f"a{at}", at, type_) for at in range(1, count + 1))
+    refs = tuple(Ref(at) for at in range(1, count + 1))
+    return hc.Program(inputs, (Call(op, (*refs, *args), {}, (10,)),), (("out", 10),))
+
+
+SUM = program()
+
+
+def test_an_input_of_another_type_is_refused_before_a_use_is_lost() -> None:
+    """The owner read that twenty rows are summed; it is not to be one."""
+    world = World()
+    taken = program("index_select.default", 0, Ref(3))
+    rows = hc.Program((*taken.inputs, Input("rows", 3, TensorType("int64", (8,), (1,)))), taken.calls, taken.outputs)
+    world.frame(Put(5, share(ROWS)), Put(6, share(torch.tensor([3]))))
+    world.approved(rows, (1, 5), release=True)
+    assert "expected a int64[8]" in world.why(Run(rows.digest, (1, 6), (20,)))
+    assert "no value of this session" in world.why(Run(rows.digest, (1, 99), (21,)))
+    assert "bound already" in world.why(Run(rows.digest, (1, 5), (5,)))
+    assert "2 inputs" in world.why(Run(rows.digest, (1,), (22,)))
+    world.frame(Run(rows.digest, (1, 5), (23,)))
+    assert torch.equal(world.taken(23), X[:8])  # type: ignore[arg-type]
+
+
+def test_an_id_that_was_a_column_is_none_when_it_is_bound_anew() -> None:
+    world = World()
+    both = program("add.Tensor", count=2)
+    world.approved(both, (1, 1), release=True)
+    world.frame(Drop((1,)), Put(1, share(torch.zeros(20, 3))))
+    assert "plans.ask" in world.why(Run(both.digest, (1, 2), (20,)))
+    world.frame(Clear(), Load("heart", (2, 1)))  # the other way round
+    assert "plans.ask" in world.why(Run(both.digest, (1, 1), (21,)))
+    world.frame(Clear(), Load("heart", (5, 6)), Run(both.digest, (5, 5), (22,)))
+    assert torch.equal(world.taken(22), 2 * X)  # type: ignore[arg-type]
+
+
+def test_a_view_of_a_column_under_its_id_is_not_the_column() -> None:
+    world = World()
+    world.frame(Load("heart", (3, 4)))  # so the storage stays lent
+    same = program("view.default", Items((20, 3)))  # a view of the same type
+    world.approved(same, (1,))
+    world.approved(SUM, (1,), release=True)
+    world.frame(Run(same.digest, (1,), (20,)), Drop((1,)), Run(same.digest, (3,), (1,)))
+    assert "plans.ask" in world.why(Run(SUM.digest, (20,), (21,)))
+
+
+def test_an_approval_holds_in_every_session_of_its_principal_and_in_no_others() -> None:
+    world = World()
+    world.approved(SUM, (1,), uses=2, release=True)
+    mine, other = world.opened(), world.worker.open("eve")
+    world.frame(Define(SUM), Run(SUM.digest, (1,), (20,)), door=mine)
+    assert mine.store.tensors().get(20) is not None
+    world.owner.policies.register("heart", Policy(use=Use(plans=("me", "eve")), plans=Plans(ask=True)))
+    world.frame(Load("heart", (1, 2)), Define(SUM), door=other)
+    assert "plans.ask" in world.why(Run(SUM.digest, (1,), (20,)), door=other)
+
+
+def test_of_runs_at_once_as_many_happen_as_were_approved() -> None:
+    world = World()
+    world.approved(SUM, (1,), uses=3)
+    doors = [world.opened() for _ in range(8)]
+    for door in doors:
+        world.frame(Define(SUM), door=door)
+    ready = threading.Barrier(len(doors))
+
+    def run(door: WorkerSession) -> None:
+        ready.wait()
+        door.handle(Frame(1, (Run(SUM.digest, (1,), (20,)),)))
+
+    threads = [threading.Thread(target=run, args=(door,)) for door in doors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(20 in door.store.tensors() for door in doors) == 3
+
+
+def test_a_request_whose_text_was_edited_is_approved_for_nothing() -> None:
+    """Whoever can write the folder shows the owner another program."""
+    world = World()
+    (said,) = world.frame(Define(SUM), Submit(SUM.digest, (1,), "why")).results
+    shelf, name = world.owner.requests._shelf, f"requests/{said.request}.json"
+    shelf.write(name, shelf.read(name).replace(b"sum.default", b"zeros_like."))
+    world.owner.approve(said.request, release=True)
+    assert "plans.ask" in world.why(Run(SUM.digest, (1,), (20,)))
+
+
+def test_a_call_that_fails_on_private_data_in_a_run_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[str] = []
+    monkeypatch.setattr(private, "note_failure", lambda call, label, error: noted.append(call.op))
+    world = World()
+    square = program("slice.Tensor", 0, 0, 3)
+    solved = hc.Program(
+        square.inputs,
+        (*square.calls, Call("linalg_cholesky_ex.default", (Ref(10),), {"check_errors": True}, (11, 12))),
+        (("l", 11),),
+    )
+    world.approved(solved, (1,), release=True)
+    reply = world.frame(Run(solved.digest, (1,), (20,)))
+    assert reply.failures == ()
+    assert world.taken(20) is None
+
+
+def test_a_session_that_has_not_heard_of_a_failure_loses_no_use() -> None:
+    world = World()
+    world.approved(SUM, (1,))
+    world.frame(Call("no_such.default", (), {}, (30,)), Run(SUM.digest, (1,), (20,)))
+    world.door.halt.cause = None
+    world.frame(Run(SUM.digest, (1,), (21,)))
+    assert 21 in world.door.store.tensors()
+
+
+def test_a_use_is_counted_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    world.approved(SUM, (1,))
+
+    class Killed(BaseException):
+        """As by a signal."""
+
+    def killed(*args: Any) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(world.door.plans, "run", killed)
+    with pytest.raises(Killed):
+        world.frame(Run(SUM.digest, (1,), (20,)))
+    monkeypatch.undo()
+    assert "plans.ask" in world.why(Run(SUM.digest, (1,), (21,)))
+    assert kinds(world.owner)[-2:] == ["run", "refusal"]
+
+
+def test_a_session_without_such_data_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(Policy.open_to("me"))
+    assert world.door.meter is not None
+    assert world.door.meter.may_use is None
+    world.frame(Define(SUM), Run(SUM.digest, (1,), (20,)))
+    assert world.taken(20) is not None
+
+
+def test_a_policy_that_is_loosened_opens_at_the_next_load() -> None:
+    world = World()
+    assert "use.interactive" in world.why(Call("neg.default", (Ref(1),), {}, (20,)))
+    world.owner.policies.register("heart", Policy.open_to("me"))
+    world.frame(Load("heart", (3, 4)), Call("neg.default", (Ref(1),), {}, (21,)))
+    assert torch.equal(world.taken(21), -X)  # type: ignore[arg-type]
+    world.owner.policies.register("heart", ASKED)
+    world.frame(Load("heart", (5, 6)))
+    assert "use.interactive" in world.why(Call("neg.default", (Ref(21),), {}, (22,)))
