@@ -72,7 +72,7 @@ class OpenGate:
     def load(self, who: Any, name: str) -> bool:
         return True
 
-    def release(self, who: Any, question: Any, what: str) -> None:
+    def release(self, who: Any, question: Any, what: str, *, spends: bool) -> None:
         from housecall.errors import HousecallError
 
         raise HousecallError(f"{question.label} stays")
@@ -200,7 +200,7 @@ def test_a_failure_is_told_in_one_sentence_where_a_release_is_allowed() -> None:
     door = session(heart=torch.tensor([0, 99]))
 
     class Allowing(OpenGate):
-        def release(self, who: Any, question: Any, what: str) -> None:
+        def release(self, who: Any, question: Any, what: str, *, spends: bool) -> None:
             pass
 
     door.worker.gate = Allowing()  # type: ignore[assignment]
@@ -302,7 +302,7 @@ def test_the_transcript_would_show_a_difference() -> None:
     """The test above can fail: with a gate that lets values out, the two runs differ."""
 
     class Allowing(OpenGate):
-        def release(self, who: Any, question: Any, what: str) -> None:
+        def release(self, who: Any, question: Any, what: str, *, spends: bool) -> None:
             pass
 
     program, _ = programs(1)

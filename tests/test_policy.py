@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -23,7 +24,7 @@ from housecall.cli import policy as cli
 from housecall.errors import HousecallError, PolicyError
 from housecall.worker.change import changes, loosens, warnings
 from housecall.worker.config import CONFIG_FILE
-from housecall.worker.policies import Policies, Seen, draft, policy_names, sign, standing
+from housecall.worker.policies import Policies, Seen, Turn, draft, policy_names, sign, standing
 from housecall.worker.policy import (
     DENY,
     Asked,
@@ -630,29 +631,37 @@ def test_a_draft_that_changed_meanwhile_is_not_signed(tmp_path: Path) -> None:
 
 
 def test_a_running_worker_sees_changes_and_tells_of_them_first(tmp_path: Path) -> None:
-    told: list[tuple[str, Policy, Policy]] = []
-    running = Policies(tmp_path, KEY.public, changed=lambda *change: told.append(change))
+    told: list[Turn] = []
+    running = Policies(tmp_path, KEY.public, changed=told.append)
     assert "heart" not in running
     put(tmp_path, Policy(version=1, use=Use(plans=("a",))))
     first = running["heart"]
-    assert told == [("heart", DENY, first)]
+    text = (tmp_path / "policies" / "heart.toml").read_bytes()
+    assert told == [Turn("heart", DENY, first, hashlib.sha256(text).hexdigest())]
     assert running["heart"] is first  # not read again
     put(tmp_path, Policy(version=2))
     assert running["heart"] == Policy(version=2)
-    assert told[1:] == [("heart", first, Policy(version=2))]
+    assert [turn[:3] for turn in told[1:]] == [("heart", first, Policy(version=2))]
     os.unlink(tmp_path / "policies" / "heart.toml")
     assert running["heart"] is DENY
+    assert running["heart"] is DENY
+    assert told[2:] == [Turn("heart", Policy(version=2), DENY, why="there is no policy")]
     put(tmp_path, Policy(version=2))
     assert running["heart"] == Policy(version=2)
-    again = Policies(tmp_path, KEY.public, changed=lambda *change: told.append(change))
+    assert [turn[:3] for turn in told[3:]] == [("heart", None, Policy(version=2))]  # in force again
+    again = Policies(tmp_path, KEY.public, changed=told.append)
     assert again["heart"] == Policy(version=2)
-    assert len(told) == 2  # what was told once is no change after a restart
+    assert len(told) == 4  # what was told once is no change after a restart
+    put(tmp_path, Policy(version=3))
+    later = Policies(tmp_path, KEY.public, changed=told.append)
+    assert later["heart"] == Policy(version=3)
+    assert told[4].old is None  # it changed while no worker ran
 
 
 def test_a_change_that_cannot_be_written_down_does_not_happen(tmp_path: Path) -> None:
     full = [True]
 
-    def changed(name: str, old: Policy, new: Policy) -> None:
+    def changed(turn: Turn) -> None:
         if full[0]:
             raise OSError("no space left")
 

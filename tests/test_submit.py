@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +18,14 @@ import housecall as hc
 from housecall.program.call import Call, Input, Items
 from housecall.transport.arrays import share
 from housecall.types import Ref, TensorType
-from housecall.wire.messages import Array, Clear, Define, Drop, Fetch, Frame, Load, Put, Requested, Run, Submit
+from housecall.wire.messages import Array, Clear, Define, Drop, Fetch, Frame, Load, Put, Requested, Run, Status, Submit
 from housecall.worker import private
-from housecall.worker.owner import Owner
+from housecall.worker.approvals import Requests
+from housecall.worker.ledger import Account
+from housecall.worker.owner import Owner, gate_of
+from housecall.worker.policies import draft, sign
 from housecall.worker.policy import Plans, Policy, Release, Use
+from housecall.worker.signing import OwnerKey
 from housecall.worker.worker import Worker, WorkerSession
 
 ASKED = Policy(use=Use(plans=("me",)), plans=Plans(ask=True), release=Release(approvals=True))
@@ -482,3 +487,97 @@ def test_a_policy_that_is_loosened_opens_at_the_next_load() -> None:
     world.owner.policies.register("heart", ASKED)
     world.frame(Load("heart", (5, 6)))
     assert "use.interactive" in world.why(Call("neg.default", (Ref(21),), {}, (22,)))
+
+
+# -- what comes along ---------------------------------------------------------------------------------------------
+
+
+def leaf(clinic: hc.VirtualWorker) -> Any:
+    """A leaf that derives from the data, and its gradient, which does as well."""
+    clinic.add("open", x=X, policy=Policy(use=Use(interactive=("me",)), release=Release(approvals=True)))
+    x = clinic.dataset("open").column("x")
+    made = x.mean(0).detach().requires_grad_()
+    (made * x).sum().backward()
+    return made
+
+
+def test_a_gradient_that_may_not_leave_wastes_no_approval_of_its_leaf(clinic: hc.VirtualWorker) -> None:
+    made = leaf(clinic)
+    clinic.owner.approve(made.request("the mean").id)
+    value = made.get()
+    assert torch.equal(value, X.mean(0))
+    assert isinstance(value.grad, hc.PointerTensor)
+    assert "release.approvals" in refused(value.grad.get)
+
+
+def test_an_approval_of_a_gradient_is_not_used_up_where_its_leaf_is_refused(clinic: hc.VirtualWorker) -> None:
+    made = leaf(clinic)
+    clinic.owner.approve(made.grad.request("the gradient alone").id)
+    assert "release.approvals" in refused(made.get)
+    assert torch.allclose(made.grad.get(), X.sum(0))
+
+
+def test_gradients_that_come_late_come_as_far_as_they_may(clinic: hc.VirtualWorker) -> None:
+    clinic.add("open", x=X, y=Y, policy=Policy(use=Use(interactive=("me",)), release=Release(approvals=True)))
+    heart = clinic.dataset("open")
+    model = nn.Linear(3, 1).send(clinic)
+    F.mse_loss(model(heart.column("x")).squeeze(1), heart.column("y")).backward()
+    clinic.owner.approve(model.bias.grad.request("the bias's alone").id)
+    model.get()  # the parameters are hers as they were
+    assert torch.is_tensor(model.bias.grad + 0)
+    assert "release.approvals" in refused(lambda: model.weight.grad + 0)
+    assert torch.is_tensor(model.bias.grad + 0)
+
+
+# -- in a folder ------------------------------------------------------------------------------------------------
+
+
+def test_what_an_owner_answers_elsewhere_is_in_the_ledger_once(tmp_path: Path) -> None:
+    """She answers in a process of her own; the worker, the only writer of the ledger, finds it."""
+    key = OwnerKey.create(tmp_path)
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "heart.toml").write_text(ASKED.text())
+    sign(tmp_path, draft(tmp_path, "heart", key.public), key)
+    world = World()
+    gate = world.worker.gate = gate_of(tmp_path)
+    assert gate.ledger is not None
+    world.door = world.opened()
+    (said,) = world.frame(Define(SUM), Submit(SUM.digest, (1,), "why")).results
+    (other,) = world.frame(Submit(SUM.digest, (2,), "why")).results
+    hers = Requests(tmp_path, key.public)
+    hers.approve(said.request, key, uses=2, release=True)
+    hers.deny(other.request, "not that column")
+    world.frame(Status(said.request), Status(said.request))
+    world.frame(Run(SUM.digest, (1,), (20,)), Fetch((20,)))
+    hers.deny(said.request, "enough")
+    assert "plans.ask" in world.why(Run(SUM.digest, (1,), (21,)))
+    gate.ledger.close()
+
+    world.worker.gate = gate_of(tmp_path)
+    world.door = world.opened()
+    world.frame(Status(said.request))
+    assert world.worker.gate.ledger is not None
+    world.worker.gate.ledger.close()
+    account = Account(tmp_path)
+    account.verify()
+    entries = [sealed.entry for sealed in account.entries()]
+    assert [entry.kind for entry in entries] == [
+        "policy", "run", "request", "request", "approval", "denial", "run", "release", "denial", "refusal", "run",
+    ]  # fmt: skip
+    assert re.fullmatch(r"version 1, SHA-256 [0-9a-f]{64}: LOOSER: use.plans: adds me; .*", entries[0].decision)
+    assert re.fullmatch(r"request \w{16}: 2 times until .* UTC, and what it makes may leave", entries[4].decision)
+    assert entries[5].decision == f"request {other.request}: not that column"
+    assert entries[6].program == entries[7].program == f"{said.digest} (request {said.request})"
+    assert entries[7].decision == "allowed by heart: 1 tensor, 1 value"
+
+
+def test_an_answer_without_a_signature_is_noted_as_such(tmp_path: Path) -> None:
+    world = World()
+    (said,) = world.frame(Define(SUM), Submit(SUM.digest, (1,), "why")).results
+    shelf, name = world.owner.requests._shelf, f"requests/{said.request}.json"
+    shelf.write(name, shelf.read(name).replace(b'"pending"', b'"approved"'))
+    world.frame(Status(said.request))
+    entry = list(world.owner.ledger.entries())[-1].entry
+    assert entry.kind == "approval"
+    assert "there is no approval that the owner signed" in entry.decision
+    assert "plans.ask" in world.why(Run(SUM.digest, (1,), (20,)))

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from ..errors import PolicyError
 from ..program.outcome import Spec
+from ..wire.messages import Failure
 from .session import Session, Slot
 
 __all__ = ["LateTensor", "Visit", "at_hand"]
@@ -39,15 +41,30 @@ class Visit:
         return late
 
     def bring(self) -> None:
-        """Fetch all that somebody still holds, in one round trip. Raises `OperatorError`, `PolicyError` or
-        `WorkerGone`; what was left stays so, and can be asked for again."""
+        """Fetch all that somebody still holds, in one round trip; one by one if not all may leave. Raises
+        `OperatorError`, `PolicyError` or `WorkerGone`; what was left stays so, and can be asked for again."""
         waiting = [late for late in (ref() for ref in self._left) if late is not None and late._slot is not None]
         if not waiting:
             return
-        values = self._session.fetch([late._slot for late in waiting if late._slot is not None])
-        for late, value in zip(waiting, values, strict=True):
-            late._value, late._slot = value, None
+        trouble = self._brought(waiting)
+        if trouble is not None:
+            for late in waiting if len(waiting) > 1 else ():
+                if late._slot is not None:
+                    self._brought([late])
+            raise trouble
         self._left.clear()
+
+    def _brought(self, waiting: list[LateTensor]) -> Exception | None:
+        """Fetch these; the first failure, if there is one. What came is kept: an approval may be used up for it."""
+        session = self._session
+        values, trouble = session.bring([late._slot for late in waiting if late._slot is not None])
+        failure: Exception | None = trouble
+        for late, value in zip(waiting, values, strict=True):
+            if isinstance(value, Failure):
+                failure = failure or session.error(value)
+            else:
+                late._value, late._slot = value, None
+        return failure
 
 
 class LateTensor(torch.Tensor):
@@ -81,7 +98,11 @@ def at_hand(tensor: torch.Tensor) -> torch.Tensor:
     if not isinstance(tensor, LateTensor):
         return tensor
     if tensor._value is None:
-        tensor._visit.bring()
+        try:
+            tensor._visit.bring()
+        except PolicyError:
+            if tensor._value is None:  # else it came, and another may not
+                raise
     assert tensor._value is not None
     return tensor._value
 

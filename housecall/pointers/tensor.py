@@ -15,6 +15,7 @@ import torch
 from ..errors import SpentPointerError, UsageError
 from ..program.typing import DTYPES
 from ..wire.codec import ITEM_BYTES
+from ..wire.messages import Failure
 from .calls import point
 from .dispatch import dispatch
 from .late import at_hand
@@ -86,12 +87,16 @@ class PointerTensor(torch.Tensor):
         grad = self.grad if self.is_leaf else None
         if isinstance(grad, PointerTensor) and is_at(grad, session):
             slots.append(grad._slot)
-        values = session.fetch(slots)
-        value = values[0]
+        values, trouble = session.bring(slots)
+        if trouble is not None or isinstance(values[0], Failure):
+            raise trouble or session.error(values[0])
+        value: torch.Tensor = values[0]
+        came = values[1] if len(values) > 1 else None
         if self.is_leaf and self.requires_grad:
             value.requires_grad_()
-            value.grad = values[1] if len(values) > 1 else grad
-            if isinstance(grad, PointerTensor) and len(values) > 1:
+            # A gradient that may not leave, or failed, stays where it is: the value is here, its approval is used up.
+            value.grad = came if isinstance(came, torch.Tensor) else grad
+            if isinstance(grad, PointerTensor) and isinstance(came, torch.Tensor):
                 spend(grad, ".get()")
         spend(self, ".get()")
         return value

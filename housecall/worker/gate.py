@@ -130,16 +130,16 @@ class Gate:
         self._note("request", who, Label(names), made.digest, f"request {made.id}: to run a program {_times(runs)}")
         return Requested(made.id, made.status, made.words, made.digest)
 
-    def release(self, who: Who, question: Question, what: str = "") -> None:
-        """Whether values may leave, `what` says how many; when this returns, it is in the ledger. Raises `PolicyError`
-        or `LedgerError`."""
+    def release(self, who: Who, question: Question, what: str = "", *, spends: bool = True) -> None:
+        """Whether values may leave, `what` says how many; when this returns, it is in the ledger. `spends`: an approval
+        may be used up for them. Raises `PolicyError` or `LedgerError`."""
         self.notice()
         label, digest, _, origin = question
         asked = Asked("exact", who.name, who.role, digest=digest)
         decision = self._decide(label.sources, asked)
         program = digest or (origin.digest if origin is not None else "")
         if not decision.allowed and decision.approvable and self.requests is not None:
-            answered = self._answered(who, question, self.requests)
+            answered = self._answered(who, question, self.requests, spends)
             if answered is not None:
                 decision = self._decide(label.sources, msgspec.structs.replace(asked, approved=True))
                 program = answered
@@ -148,13 +148,13 @@ class Gate:
         if not decision.allowed:
             raise PolicyError(decision.text)
 
-    def _answered(self, who: Who, question: Question, requests: Requests) -> str | None:
+    def _answered(self, who: Who, question: Question, requests: Requests, spends: bool) -> str | None:
         """What the owner approved that lets this out: of the run that made it, or, used up by this, of the value."""
         label, digest, shown, origin = question
         runs = origin.approvals if origin is not None else None
         if origin and runs and requests.lets_out(runs, who.name, who.role, label.sources, self._now()):
             return f"{origin.digest} (request {', '.join(sorted(runs))})"
-        if not digest:
+        if not digest or not spends:
             return None
         approval = requests.spend(who.name, who.role, "value", digest, shown, label.sources, self._now())
         if approval is None:
@@ -267,16 +267,23 @@ class Uses:
 
 class Opening:
     """The door during one message: what is asked twice is decided, and written, once. `counts`: how many tensors, and
-    how many values in them, each question is about."""
+    how many values in them, each question is about.
+
+    What a message asks for first is what its sender wants, the rest (its gradient) comes along: if that is refused, no
+    approval is used up for the rest."""
 
     def __init__(self, gate: Gate, who: Who, counts: Mapping[Question, tuple[int, int]] = MappingProxyType({})) -> None:
         self._gate, self._who, self._counts = gate, who, counts
         self._answers: dict[Question, HousecallError | None] = {}
+        self._spends = True
 
     def ask(self, question: Question) -> None:
         """Whether these values may leave now. Raises `PolicyError` or `LedgerError`."""
         if question not in self._answers:
+            first = not self._answers
             self._answers[question] = self._answer(question)
+            if first and self._answers[question] is not None:
+                self._spends = False
         refusal = self._answers[question]
         if refusal is not None:
             raise refusal
@@ -285,7 +292,7 @@ class Opening:
         tensors, values = self._counts.get(question, (0, 0))
         what = f"{tensors:,} tensor{'s' if tensors != 1 else ''}, {values:,} value{'s' if values != 1 else ''}"
         try:
-            self._gate.release(self._who, question, what)
+            self._gate.release(self._who, question, what, spends=self._spends)
         except HousecallError as error:
             return error
         return None

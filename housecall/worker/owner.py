@@ -7,13 +7,15 @@ from datetime import datetime
 from pathlib import Path
 
 from .approvals import Approval, Request, Requests
+from .change import loosens
 from .gate import Gate
 from .ledger import Entry, Ledger
-from .policies import Policies
-from .policy import Policy
+from .policies import Policies, Turn
 from .signing import OwnerKey, public_key
 
 __all__ = ["Owner", "gate_of"]
+
+_LONGEST = 10_000  # characters of what changed: an entry has its limit
 
 
 class Owner:
@@ -68,6 +70,16 @@ class _noting:  # noqa: N801  # used as a function
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
-    def __call__(self, name: str, old: Policy, new: Policy) -> None:
-        text = f"version {old.version} -> {new.version}" if old.version != new.version else "set"
-        self._ledger.append(Entry("policy", "owner", (name,), decision=text))
+    def __call__(self, turn: Turn) -> None:
+        self._ledger.append(Entry("policy", "owner", (turn.name,), decision=_said(turn)[:_LONGEST]))
+
+
+def _said(turn: Turn) -> str:
+    """A change of a policy in words: whether it permits more, and which text it is."""
+    if turn.why:
+        return f"nothing is permitted any more: {turn.why}"
+    version = f"version {turn.new.version}, SHA-256 {turn.digest}"
+    if turn.old is None:
+        return f"{version}; the one before is not known to this process"
+    looser = loosens(turn.old, turn.new)
+    return f"{version}: LOOSER: {'; '.join(looser)}" if looser else f"{version}: permits nothing more than before"

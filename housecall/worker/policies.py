@@ -33,7 +33,7 @@ from .files import locked, make_folder, read, replace
 from .policy import DENY, Policy
 from .signing import SIGNATURE_BYTES, OwnerKey, verify
 
-__all__ = ["POLICY_FOLDER", "Draft", "Policies", "Seen", "draft", "policy_names", "sign", "standing", "unsign"]
+__all__ = ["POLICY_FOLDER", "Draft", "Policies", "Seen", "Turn", "draft", "policy_names", "sign", "standing", "unsign"]
 
 log = logging.getLogger(__name__)
 
@@ -121,13 +121,24 @@ class _Known(NamedTuple):
     why: str
 
 
+class Turn(NamedTuple):
+    """A change of what holds for a data set. `old` is `None` where an earlier version was in force that this process
+    never saw; `digest` is the SHA-256 of the new policy's text; `why`, if nothing is permitted from now on."""
+
+    name: str
+    old: Policy | None
+    new: Policy
+    digest: str = ""
+    why: str = ""
+
+
 class Policies(Mapping[str, Policy]):
     """The policies in force, by the name of their data set. One that does not count is `DENY`; see NOTE [What counts].
 
     Those registered in memory need no signature: whoever runs this process is the owner. The others lie in `folder`,
     signed by the key whose public half is `public`; they are looked at again whenever they are asked for, at the cost
-    of two `stat`. `changed(name, old, new)` is told of a version before it takes effect; if it raises, none does.
-    Safe to use from several threads."""
+    of two `stat`. `changed` is told of a version before it takes effect; if it raises, none does. It is also told of
+    one that no longer counts. Safe to use from several threads."""
 
     def __init__(
         self,
@@ -135,7 +146,7 @@ class Policies(Mapping[str, Policy]):
         public: bytes = b"",
         *,
         seen: Seen | None = None,
-        changed: Callable[[str, Policy, Policy], None] = lambda name, old, new: None,
+        changed: Callable[[Turn], None] = lambda turn: None,
     ) -> None:
         self._folder = None if folder is None else Path(folder) / POLICY_FOLDER
         self._public = public
@@ -152,7 +163,7 @@ class Policies(Mapping[str, Policy]):
         with self._lock:
             old = self._registered.get(name, DENY)
             if policy != old:
-                self._changed(name, old, policy)
+                self._changed(Turn(name, old, policy, _digest(policy.text().encode())))
             self._registered[name] = policy
 
     def forget(self, name: str) -> None:
@@ -190,22 +201,34 @@ class Policies(Mapping[str, Policy]):
         stamps = _stamp(self._folder / f"{name}.toml"), _stamp(self._folder / f"{name}.signed")
         known = self._known.get(name)
         if known is None or known.stamps != stamps:
-            before = known.policy if known else DENY
-            known = self._known[name] = self._load(name, stamps, before)
+            before, known = known, self._load(name, stamps, known)
+            self._known[name] = known
             if known.why:
                 log.warning("data set '%s': nothing is permitted: %s", name, known.why)
+                if before is not None and not before.why:
+                    self._lost(name, before.policy, known.why)
         return known
 
-    def _load(self, name: str, stamps: tuple[Stamp, Stamp], before: Policy) -> _Known:
+    def _lost(self, name: str, old: Policy, why: str) -> None:
+        """A policy that was in force is deleted, or no longer counts."""
+        try:
+            self._changed(Turn(name, old, DENY, why=why))
+        except Exception as error:  # nothing is permitted in any case
+            log.error("data set '%s': that its policy does not count could not be written down: %s", name, error)
+
+    def _load(self, name: str, stamps: tuple[Stamp, Stamp], before: _Known | None) -> _Known:
         assert self._folder is not None  # `_look` has checked
         try:
             policy, text = _signed(self._folder, name, self._public)
             later = self._seen.check(name, policy.version, text)
+            old = before.policy if before is not None and not before.why else None
+            if old is None and not self._seen.last(name):
+                old = DENY
         except PolicyError as error:
             return _Known(stamps, DENY, str(error))
         try:
-            if later:
-                self._changed(name, before, policy)
+            if later or (before is not None and before.why):  # new, or in force again
+                self._changed(Turn(name, old, policy, _digest(text)))
                 self._seen.note(name, policy.version, text)
         except Exception as error:  # whatever it is, nothing is permitted; another time it may succeed
             return _Known(_NEVER, DENY, f"its change could not be written down: {error}")

@@ -174,7 +174,7 @@ _TABLE = {
 }
 
 GUARDS: dict[str, tuple[Any, ...]] = {
-    "door": (patch.object(Gate, "release", lambda *args: None),),
+    "door": (patch.object(Gate, "release", lambda *args, **options: None),),
     "load": (patch.object(Gate, "load", lambda *args: None),),
     "labels": (patch.object(Store, "read_by", lambda self, call: (PUBLIC, False)),),
     "aliases": (
