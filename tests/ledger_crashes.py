@@ -13,13 +13,10 @@ import signal
 import sys
 from pathlib import Path
 
-from housecall.worker.ledger import Entry, Ledger
-from housecall.worker.policy import Budget
-from housecall.worker.spending import Spending
+from housecall.worker.ledger import Entry, Kind, Ledger
 
 MODES = ("before", "half", "after")
 FILE_BYTES = 1_200  # two entries or three: files change within the story
-BUDGETS = {"heart": Budget(epsilon=100.0, delta=0.5)}
 
 
 class Killer:
@@ -58,20 +55,13 @@ def note(folder: Path, name: str, text: str) -> None:
 
 
 def story(folder: Path, killer: Killer) -> None:
-    """Reserves 1, 2, 4 ... of epsilon; every third is cancelled, the others lead to a release."""
+    """Runs, and what they let out."""
     ledger = Ledger(folder, file_bytes=FILE_BYTES, write=killer.write, sync=killer.sync)
-    spending = Spending(ledger, lambda: BUDGETS)
-    for number in range(6):
-        cost = 2.0**number
-        note(folder, "begun", f"reserve {cost}")
-        made = spending.reserve("heart", cost, 0.0, "record")
-        note(folder, "acknowledged", f"{made.sequence} reserve {cost}")
-        if number % 3 == 2:
-            note(folder, "begun", f"cancel {cost}")
-            note(folder, "acknowledged", f"{spending.cancel(made).sequence} cancel {cost}")
-        else:
-            sealed = ledger.append(Entry("release", data_sets=("heart",), of=made.sequence))
-            note(folder, "acknowledged", f"{sealed.sequence} release {cost}")
+    for number in range(12):
+        kind: Kind = "release" if number % 2 else "run"
+        note(folder, "begun", f"{kind} {number}")
+        sealed = ledger.append(Entry(kind, data_sets=("heart",), decision=str(number)))
+        note(folder, "acknowledged", f"{sealed.sequence} {kind} {number}")
     ledger.close()
 
 

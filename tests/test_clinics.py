@@ -74,8 +74,7 @@ def test_the_greedy_variant_is_refused_at_every_turn_with_the_texts_of_the_page(
     rows = dict(re.findall(r"^\| (.+) \| \((\d)\) \|$", PAGE, re.M))
     texts = dict(re.findall(r"^\((\d)\) (.+)$", PAGE, re.M))
     assert {name: texts[number] for name, number in rows.items()} == answers
-    # What the owner had approved, and nothing was put into (the bias), left. Nothing else did.
-    assert released(cluster) == {"westside": before["westside"] + 1, "grapevine": before["grapevine"]}
+    assert released(cluster) == before  # also nothing of a model that was approved, and then written to
 
 
 def released(cluster: hc.LocalCluster) -> dict[str, int]:

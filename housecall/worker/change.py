@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from .policy import DENY, Policy
+from .policy import DENY, STAGES, Policy
 
 __all__ = ["Change", "changes", "loosens", "warnings"]
 
@@ -154,10 +154,15 @@ def _without_effect(policy: Policy) -> Iterator[str]:
         yield "release.exact names somebody whom [use] lets do nothing: it has no effect"
     if use.plans and not policy.plans.digests and not policy.plans.ask:
         yield "use.plans names somebody, but [plans] accepts no program"
-    if "noise" in release.update and not policy.budget.epsilon:
-        yield "release.update has noise, but budget.epsilon is 0: no noised update can be paid"
-    if release.statistics or release.metrics.minimum:
-        yield "statistics and metrics are not released yet: the owner's own code for them comes later"
+    unknown = [stage for stage in release.update if stage not in STAGES]
+    if unknown:
+        yield f"release.update asks for stages that this version does not have ({', '.join(unknown)}): it refuses them"
+    if use.statistics or release.statistics:
+        yield "statistics are refused in this version: the owner's own code for them does not exist yet"
+    if release.metrics.minimum or release.metrics.noise:
+        yield "metrics are refused in this version: the owner's own evaluation loop does not exist yet"
+    if policy.budget.epsilon or policy.budget.delta:
+        yield "[budget] is read and nothing spends from it: no release of this version is differentially private"
 
 
 def _who(policy: Policy) -> Iterator[tuple[str, tuple[str, ...]]]:

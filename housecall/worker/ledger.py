@@ -1,7 +1,7 @@
 """`Ledger`: the append-only account of what an owner's worker decided, and of all that may have left it.
 
 What must live here: what an entry says, how entries are chained and signed, and how the whole is verified. What must
-not: decisions (`gate`), what is spent (`spending`), how bytes reach the disk (`journal`).
+not: decisions (`gate`), how bytes reach the disk (`journal`).
 
 NOTE [The chain]
 A line is one entry in JSON: `sequence` from 1, `time`, `previous`, `entry`, `signature`.

@@ -32,6 +32,7 @@ from ..errors import PolicyError
 
 __all__ = [
     "DENY",
+    "STAGES",
     "Asked",
     "Budget",
     "Decision",
@@ -48,6 +49,9 @@ __all__ = [
 _WHO = re.compile(r"(?:[a-z]{1,32}/)?(?:\*|[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9_])?)", re.ASCII)
 _DIGEST = re.compile(r"\*|[0-9a-f]{64}", re.ASCII)
 _STAGE = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
+
+# The stages that an update can pass in this version. What a policy asks for and is not here is refused.
+STAGES: frozenset[str] = frozenset()
 
 Who = tuple[str, ...]
 
@@ -110,7 +114,9 @@ class Release(_Table, frozen=True):
     ] = False
     update: Annotated[
         tuple[str, ...],
-        Meta(description="Stages that an update must pass first, all, in this order; none: no updates leave."),
+        Meta(
+            description="Stages that an update must pass first, in this order. This version has none: no updates leave."
+        ),
     ] = ()
     statistics: Annotated[
         bool,
@@ -127,17 +133,14 @@ class Release(_Table, frozen=True):
 
 
 class Budget(_Table, frozen=True):
-    """What all private releases of this data together may cost, in differential privacy (Dwork and Roth 2014)."""
+    """What all private releases of this data together may cost, in differential privacy (Dwork and Roth 2014). This
+    version makes none: nothing spends from it, and nothing is let out because of it."""
 
     epsilon: Annotated[float, Meta(ge=0, le=10**6, description="Sum of what may be spent; 0: nothing.")] = 0.0
     delta: Annotated[float, Meta(ge=0, lt=1, description="Probability that may be spent beside epsilon.")] = 0.0
     unit: Annotated[
         Literal["record", "person"], Meta(description="What is protected: one record, or all records of one person.")
     ] = "record"
-
-    def covers(self, epsilon: float, delta: float) -> bool:
-        """Whether a total of this much may be spent. What is no number is not covered."""
-        return 0 <= epsilon <= self.epsilon and 0 <= delta <= self.delta
 
 
 class Plans(_Table, frozen=True):
@@ -336,6 +339,8 @@ def _update(policy: Policy, asked: Asked) -> Refusal:
         return refusal
     if not required:
         return "release.update", "lets no updates out"
+    if unknown := [stage for stage in required if stage not in STAGES]:
+        return "release.update", f"asks for stages that this version does not have ({', '.join(unknown)})"
     # Others may follow the required stages, since they change only what may leave already; none may come between.
     if asked.pipeline[: len(required)] == required:
         return None
@@ -451,18 +456,16 @@ def _explained(policy: Policy, asked: Asked) -> Iterator[str]:
         yield f"MAY TAKE EXACT VALUES: {what}, without limit and without asking."
     elif release.approvals and (pointers or programs):
         yield "May take an exact value if you approve it. Gradients and models, too, can tell of single records."
-    if programs and release.update:
-        yield f"May take updates that passed {_piped(release.update)}, {_priced(policy.budget)}."
-    if programs and release.metrics.minimum:
-        yield "May have metrics once the owner's own evaluation loop exists; until then none."
-    if _may(asked, policy.use.statistics) and release.statistics:
-        yield "May have statistics once the owner's own code for them exists; until then none."
-
-
-def _priced(budget: Budget) -> str:
-    if not budget.epsilon:
-        return "which spend no privacy budget: there is none"
-    return f"within epsilon {budget.epsilon:g} and delta {budget.delta:g} per {budget.unit} in all, whoever asks"
+    refused = [
+        ("updates", programs and release.update and not STAGES.issuperset(release.update)),
+        ("metrics", programs and release.metrics.minimum),
+        ("statistics", _may(asked, policy.use.statistics) and release.statistics),
+    ]
+    for what, asked_for in refused:
+        if asked_for:
+            yield f"No {what}: the policy would let them out, and this version refuses them, since it cannot make them."
+    if programs and release.update and STAGES.issuperset(release.update):
+        yield f"May take updates that passed {_piped(release.update)}."
 
 
 def _when(time: datetime) -> str:
