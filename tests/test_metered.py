@@ -132,11 +132,11 @@ rounds = st.builds(
 class OpenGate:
     """Lets everything in and nothing out."""
 
-    def load(self, who: Any, name: str) -> None:
-        pass
+    def load(self, who: Any, name: str) -> bool:
+        return True
 
-    def release(self, who: Any, label: Any, digest: str) -> None:
-        raise HousecallError(f"{label} stays")
+    def release(self, who: Any, question: Any, what: str, *, spends: bool) -> None:
+        raise HousecallError(f"{question.label} stays")
 
 
 class World:
