@@ -196,6 +196,7 @@ class Service:
         return {
             "until": shown.not_after.timestamp(),
             "renews": shown.renews_at.timestamp(),
+            "authority": self._keeper.authority,
             "trouble": self._keeper.trouble,
         }
 

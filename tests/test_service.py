@@ -330,6 +330,9 @@ def test_trouble_of_other_commands_is_as_clear(tmp_path: Path, folder: Path, ser
 
 def test_a_worker_whose_authority_cannot_be_reached_says_so(folder: Path, authority: Authority) -> None:
     service = secured(folder, authority)
+    service.write_status()
+    shown = CliRunner().invoke(app, ["worker", "status", "--folder", str(folder)])
+    assert "nobody says where the authority is" in " ".join(shown.output.split())
     service.close(0)
     identity = authority.identity("clinic", "worker", ("127.0.0.1",), timedelta(seconds=60))
     identity.save(folder / "identity")
@@ -349,6 +352,7 @@ def test_a_worker_whose_authority_cannot_be_reached_says_so(folder: Path, author
     service.write_status()
     shown = CliRunner().invoke(app, ["worker", "status", "--folder", str(folder)])
     assert "its certificate ends" in shown.output
+    assert "nobody says" not in shown.output
     assert "could not renew" in " ".join(shown.output.split())
     keeper._ask_renew = lambda old, url: authority.identity("clinic", "worker", ("127.0.0.1",))
     keeper._renew_after = identity.not_before

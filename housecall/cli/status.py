@@ -123,8 +123,10 @@ def _troubles(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"[red]its certificate ended {until}[/red]: nobody can connect; ask for a new invitation"
         elif certificate["trouble"]:
             yield f"[red]its certificate ends {until}[/red], in {_lasting(left)}: {escape(certificate['trouble'])}"
+        elif not certificate["authority"]:
+            yield f"[red]its certificate ends {until}[/red], and nobody says where the authority is that renews it"
         else:
-            yield f"certificate until {until}, renewed before"
+            yield f"certificate until {until}, renewed before by {certificate['authority']}"
 
 
 def _sandbox(protections: Sequence[Mapping[str, Any]]) -> Iterator[str]:

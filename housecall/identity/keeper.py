@@ -64,6 +64,11 @@ class Keeper:
         self._troubles: dict[str, str] = {}  # what does not succeed -> why, and since when
 
     @property
+    def authority(self) -> str:
+        """Where the authority is, HOST:PORT; "" if nobody says, and then nothing is renewed."""
+        return self._url
+
+    @property
     def trouble(self) -> str:
         """What it has tried and could not, since it last could; "" if all is well. It keeps trying."""
         return "; ".join(self._troubles.values())

@@ -213,10 +213,11 @@ class Gate:
             if number > MOST_REFUSALS:
                 return
             text += f" ({before:,} refusals more than these were counted before)" if before else ""
-        log.info("%s: %s '%s' (%s) %s", kind, who.role, who.name, label, text)
+        principal = f"{who.role} '{who.name}'"
+        log.info("%s: %s (%s) %s", kind, principal, label, text, extra={"event": kind, "principal": principal})
         if self.ledger is None:
             raise LedgerError("this worker keeps no ledger, and without one nothing private is used or leaves")
-        self.ledger.append(Entry(kind, f"{who.role} '{who.name}'", label.sources, digest, decision=text))
+        self.ledger.append(Entry(kind, principal, label.sources, digest, decision=text))
 
 
 def _answer(request: Request, approval: Approval | None) -> tuple[Kind, str]:
