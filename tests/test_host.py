@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from streams import memory_dial
+from streams import grpc_dial, memory_dial
 
 from housecall.errors import PolicyError, WorkerGone
 from housecall.program.call import Items
@@ -506,6 +506,24 @@ def test_a_certificate_that_ends_ends_its_stream_and_the_next_one_resumes(waitin
     again.hang_up()
     until(lambda: host.seats == ())
     host.close()
+
+
+@pytest.mark.parametrize("after", [1, 3, 7])
+def test_over_grpc_too_the_reason_reaches_whoever_is_in_the_middle_of_sending(after: int, standings: Standings) -> None:
+    host = a_host(Worker("clinic"), standing=standings)
+    with grpc_dial(host) as dial:
+        alice = StreamTransport(dial, name="clinic", patience=PATIENCE)
+
+        def sending() -> None:
+            for number in range(1, 1000):
+                alice.send(put(number, 5 * MB))
+                alice.receive()
+                if number == after:
+                    standings["alice"] = "revoked"
+
+        with pytest.raises(WorkerGone, match="its certificate was revoked"):
+            sending()
+        host.close()
 
 
 # -- what is counted --------------------------------------------------------------------------------------

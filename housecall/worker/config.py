@@ -69,10 +69,9 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Meta(
             ge=1,
             le=10**6,
-            description="Tensors of all frames that are on their way or wait, in MB: one principal has half, "
-            "one session a quarter.",
+            description="Tensors of all frames that come or wait, in MB: one principal has half; best twice frame_mb.",
         ),
-    ] = 4_000
+    ] = 8_000
     sessions: Annotated[int, Meta(ge=1, le=4096, description="Sessions that one principal may have at a time.")] = 64
 
 
