@@ -73,7 +73,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.txt").write_text("precious")
-    assert demo(monkeypatch, "--out", str(tmp_path)) == 1
+    assert demo(monkeypatch, "--out", str(tmp_path)) == 2
     assert "is not empty: name a new folder" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
