@@ -214,6 +214,24 @@ def test_frozen_parameters_stay_frozen(clinic: hc.VirtualWorker) -> None:
     assert [p.requires_grad for p in model.parameters()] == [True, False]
 
 
+def test_the_gradient_of_a_frozen_parameter_travels(schools: tuple[hc.VirtualWorker, hc.VirtualWorker]) -> None:
+    model = nn.Linear(3, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    model.requires_grad_(False)
+    for worker in schools:
+        assert model.send(worker).get().weight.grad is not None
+    assert torch.equal(model.weight.grad, torch.ones(2, 3))
+
+
+def test_a_deep_copy_leaves_gradients_behind_as_torch_does(clinic: hc.VirtualWorker) -> None:
+    model = nn.Linear(3, 2)
+    model(torch.ones(1, 3)).sum().backward()
+    assert copy.deepcopy(model).weight.grad is None
+    model.send(clinic)
+    assert copy.deepcopy(model).weight.grad is None
+    assert copy.deepcopy(model.weight.grad).copy().get().sum() == 6
+
+
 def test_deepcopy_and_state_dict_at_the_worker(clinic: hc.VirtualWorker) -> None:
     model = ConvNet()
     kept = copy.deepcopy(model)

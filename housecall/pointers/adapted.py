@@ -73,9 +73,9 @@ def _plainly(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _plain_kernels() -> Iterator[None]:
     """Within: torch takes no kernel that does a whole module's work."""
     fast, onednn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch._C._set_mkldnn_enabled(False)  # as `mkldnn.flags` does, which looks at other settings too, and warns
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch._C._set_mkldnn_enabled(False)  # as `mkldnn.flags` does, which looks at other settings too, and warns
         yield
     finally:
         torch._C._set_mkldnn_enabled(onednn)

@@ -16,6 +16,7 @@ from ..program.call import HOLE, Arg, Call, Complex, Items, Symbol
 from ..program.ops import Return, operator
 from ..program.outcome import UNTYPED, Outcome, Spec, by_kind, infer, spec, stand_in
 from ..program.typing import meta, type_of
+from ..transport.whole import whole
 from ..types import Ref, TensorType
 from .adoption import LocalTensor, adopted
 from .session import Cut, Session, Slot, caller_again
@@ -255,11 +256,12 @@ def _outcome(cls: Any, rule: Rule, session: Session, args: Any, kwargs: dict[str
     default = _default_dtype()
     if session.transport.remote and default is not torch.float32:
         found = _typed(cls, rule, args, kwargs)
-        torch.set_default_dtype(torch.float32)
-        try:
-            there = _typed(cls, rule, args, kwargs)
-        finally:
-            torch.set_default_dtype(default)
+        with whole():
+            torch.set_default_dtype(torch.float32)
+            try:
+                there = _typed(cls, rule, args, kwargs)
+            finally:
+                torch.set_default_dtype(default)
         if there.results != found.results:
             raise UsageError(
                 f"{rule.name} depends on torch's default dtype, which is {default} here and torch.float32 at worker "
@@ -283,7 +285,8 @@ def _typed(cls: Any, rule: Rule, args: Any, kwargs: dict[str, Any]) -> Outcome:
         _outcomes.clear()
     stands = [_as_meta(cls, arg, bool(rule.written)) for arg in args]
     named = {name: _as_meta(cls, arg, bool(rule.written)) for name, arg in kwargs.items()}
-    found = infer(rule.operator, rule.function, stands, named)
+    with whole():  # typing sets torch's switches for this thread
+        found = infer(rule.operator, rule.function, stands, named)
     for written in rule.written:
         _check_size(rule, written, args, kwargs, stands, named)
     _outcomes[key] = found

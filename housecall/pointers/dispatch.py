@@ -20,6 +20,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import PlaceError, UsageError
+from ..transport.whole import whole
 from .calls import Rule, issue, item, point, session_of
 from .strided import dense_order, steps
 
@@ -126,9 +127,10 @@ def _reshape(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain = getattr(getattr(_aten, base.removesuffix("_")), "int" if base == "transpose_" else which or "default")
     pointer = args[0]
     result = dispatch(cls, plain, (), args, kwargs)
-    with _disable_current_modes(), torch._C._DisableTorchDispatch():
-        func(*args, **kwargs)  # the shape of the wrapper itself
-    pointer._slot = result._slot
+    with whole():
+        with _disable_current_modes(), torch._C._DisableTorchDispatch():
+            func(*args, **kwargs)  # the shape of the wrapper itself
+        pointer._slot = result._slot
     return pointer
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import HousecallError, UsageError, WorkerGone
+from ..transport.whole import whole
 from ..wire.messages import Failure
 from .adapted import adapt, restore
 from .calls import point
@@ -44,7 +45,14 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
     tensors = _tensors(parts)
     for tensor in tensors:
         _check_leaves(tensor)
-    site = caller()
+    with whole():  # Ctrl-C finds the module here or there
+        _leave_all(tensors, session, caller())
+        adapt(parts)
+    session.relieve()
+    return module
+
+
+def _leave_all(tensors: list[torch.Tensor], session: Session, site: Site | None) -> None:
     homes: list[torch.Tensor] = []
     try:
         for tensor in tensors:
@@ -53,9 +61,6 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
         for tensor, home in zip(tensors, homes, strict=False):
             _return(tensor, home)
         raise
-    session.relieve()
-    adapt(parts)
-    return module
 
 
 def get_module(module: nn.Module) -> nn.Module:
@@ -148,19 +153,21 @@ def _bring_home(session: Session, pointers: list[PointerTensor]) -> HousecallErr
     except WorkerGone as gone:
         if any("_home" not in pointer.__dict__ for pointer in pointers):
             raise
-        for pointer in pointers:
-            _return(pointer, _home_of(pointer))
+        with whole():
+            for pointer in pointers:
+                _return(pointer, _home_of(pointer))
         return WorkerGone(f"{gone}. The module is home, as it was when it was sent")
     for value in values:
         if isinstance(value, Failure):
             raise session.error(value)
     visit = Visit(session)
-    for pointer, value in zip(pointers, values, strict=True):
-        grad: Any = pointer.grad
-        value.requires_grad_(pointer.requires_grad)
-        if isinstance(grad, PointerTensor) and not isinstance(grad._slot, Spent):
-            value.grad = visit.leave(grad._slot) if is_at(grad, session) else grad
-        _return(pointer, value)
+    with whole():
+        for pointer, value in zip(pointers, values, strict=True):
+            grad: Any = pointer.grad
+            value.requires_grad_(pointer.requires_grad)
+            if isinstance(grad, PointerTensor) and not isinstance(grad._slot, Spent):
+                value.grad = visit.leave(grad._slot) if is_at(grad, session) else grad
+            _return(pointer, value)
     return trouble
 
 
@@ -170,9 +177,9 @@ def _leave(tensor: torch.Tensor, session: Session, site: Site | None) -> torch.T
     pointer: Any = point(PointerTensor, session.put(tensor, site))
     if tensor.requires_grad:
         pointer.requires_grad_()
-        grad: Any = tensor.grad
-        if grad is not None:
-            pointer.grad = grad if isinstance(grad, PointerTensor) else _sent_gradient(grad, session, site)
+    grad: Any = tensor.grad  # a parameter that was frozen may have one
+    if grad is not None:
+        pointer.grad = grad if isinstance(grad, PointerTensor) else _sent_gradient(grad, session, site)
     slot = pointer._slot
     _swap(tensor, pointer)
     tensor.__class__, pointer.__class__ = PointerTensor, kind

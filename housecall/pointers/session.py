@@ -310,18 +310,20 @@ class Session:
 
     def _use(self, ref: int) -> None:
         """Something uses a value that was sent: it will travel."""
-        entry = self._sent.pop(ref)
-        message, site = entry
+        message, site = self._sent[ref]
         if isinstance(message, Later):
             self._bringing = True
             try:
-                entry = Put(ref, share(message.tensor.detach().clone())), site
+                message = Put(ref, share(message.tensor.detach().clone()))
             finally:
                 self._bringing = False
-        nbytes = _nbytes(entry)
-        self._unused_bytes -= nbytes
-        self._queued_bytes += nbytes
-        self.outbox.append(entry)
+        with whole():
+            del self._sent[ref]
+            entry = message, site
+            nbytes = _nbytes(entry)
+            self._unused_bytes -= nbytes
+            self._queued_bytes += nbytes
+            self.outbox.append(entry)
 
     def _use_all(self, named: Iterable[int] = ()) -> None:
         """What was sent will travel, also if nothing has used it; what must be brought first, if it is named."""
@@ -339,8 +341,9 @@ class Session:
 
     def cut(self) -> None:
         """What was issued leaves, without what it does not use."""
-        self._end_trace()
-        self._leave()
+        with whole():
+            self._end_trace()
+            self._leave()
 
     def tell(self, message: Message, site: Any = None) -> None:
         """Queue a message that asks for nothing."""
@@ -351,7 +354,7 @@ class Session:
 
     def run(self, program: Program, run: Run) -> None:
         """Queue a run of a program that was recorded."""
-        with self.lock:
+        with self.lock, whole():
             self._end_trace()
             self._define(program, run.digest)
             for ref in run.inputs:
@@ -373,15 +376,19 @@ class Session:
 
     def seed(self) -> None:
         """Before a random call: let the worker's generator follow the caller's. See `randomness`."""
-        state = self.follower.next_state()
-        if state is not None:
-            with self.lock:
+        with self.lock, whole():
+            state = self.follower.next_state()
+            if state is not None:
                 self._end_trace()
                 self.outbox.append((Seed(share(state)), None))
 
     def _end_trace(self, last: Call | None = None) -> None:
         """What was issued takes its place in the outbox, with one more call, and behind it the drops of what is no
         longer pointed at."""
+        with whole():
+            self._queue_trace(last)
+
+    def _queue_trace(self, last: Call | None) -> None:
         trace = self.trace
         dropped: list[int] = []
         while self.dropped:
@@ -636,13 +643,14 @@ class Session:
         """Let what is queued run beside whoever waits for another session. A session that another thread is busy
         with is left to that thread: to wait for its lock while holding one's own is how two threads get stuck. That
         its worker is gone is for whoever waits for it to hear."""
-        if not self._bringing and self.lock.acquire(blocking=False):
-            try:
-                with contextlib.suppress(WorkerGone):
-                    self.cut()
-                    self.transport.start()
-            finally:
-                self.lock.release()
+        with whole():
+            if not self._bringing and self.lock.acquire(blocking=False):
+                try:
+                    with contextlib.suppress(WorkerGone):
+                        self.cut()
+                        self.transport.start()
+                finally:
+                    self.lock.release()
 
     def _received(self) -> Reply:
         try:
