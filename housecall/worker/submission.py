@@ -178,13 +178,8 @@ class Submissions:
         return origin if self._store.cells.get(ref) is cell and cell.writes == writes else None
 
     def of(self, program: Program, refs: tuple[int, ...]) -> Submission:
-        """A program on these slots. Raises `ProgramError` for slots of other types than its inputs: an owner who reads
-        that 64 rows are taken is not to find that it was one."""
-        for item, ref in zip(program.inputs, refs, strict=True):
-            spec = self._store.specs.get(ref)
-            if spec is None or (spec.type.dtype, spec.type.shape) != (item.type.dtype, item.type.shape):
-                found = "no value of this session" if spec is None else f"a {spec.type}"
-                raise ProgramError(f"input '{item.name}' is {found}, expected a {item.type}")
+        """A program on these slots. Raises `ProgramError` for slots of other types than its inputs."""
+        self._check_types(program, refs)
         sources = tuple([self._source(ref) for ref in refs])
         for digest in dict.fromkeys(source[1] for source in sources if source[0] == "made"):
             known = self._known.get(digest)
@@ -213,6 +208,14 @@ class Submissions:
         if len(self._origins) > 1_000 + 2 * len(self._store):
             alive = set(self._store.bindings.values())
             self._origins = {binding: made for binding, made in self._origins.items() if binding in alive}
+
+    def _check_types(self, program: Program, refs: tuple[int, ...]) -> None:
+        """An owner who reads that 64 rows are taken is not to find that it was one."""
+        for item, ref in zip(program.inputs, refs, strict=True):
+            spec = self._store.specs.get(ref)
+            if spec is None or (spec.type.dtype, spec.type.shape) != (item.type.dtype, item.type.shape):
+                found = "no value of this session" if spec is None else f"a {spec.type}"
+                raise ProgramError(f"input '{item.name}' is {found}, expected a {item.type}")
 
     def _source(self, ref: int) -> Source:
         cell = self._store.cells[ref]

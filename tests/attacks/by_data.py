@@ -46,7 +46,7 @@ def attack_asks_for_the_mock_of_what_she_may_not_use(world: World) -> Any:
     return mock if torch.equal(mock, SECRET + 1) else None
 
 
-@attack()
+@attack(because="a mock has no name of its own, and names are looked up as they are")
 def attack_names_of_mocks(world: World) -> Any:
     """There is no name under which a mock could be loaded, and none of data that a mock is asked by."""
     world.worker.catalogue.register("heart", {"x": SECRET, "y": world.labels}, mock=Fakes(6, y=3), replace=True)
@@ -66,7 +66,7 @@ def attack_takes_the_data_where_its_mock_is_free(world: World) -> Any:
     return world.taken(1, 5)
 
 
-@attack()
+@attack(because="it is made of the schema and of what its owner states")
 def attack_a_mock_is_told_by_what_the_data_holds(world: World) -> Any:
     """A mock that is made up is the same whatever the elements are."""
     worlds = World(), World(SECRET * -3, torch.zeros(6, dtype=torch.int64))
@@ -119,7 +119,7 @@ def attack_binds_one_column_more_than_is_offered(world: World) -> Any:
     return world.door.store.tensors().get(12)
 
 
-@attack()
+@attack(because="a description has no such column to tell of")
 def attack_reads_of_subjects_where_data_is_described(world: World) -> Any:
     _visits(world)
     found = repr([world.frame(Open("visits")), world.frame(Search(()))])

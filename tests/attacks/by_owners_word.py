@@ -106,7 +106,7 @@ def attack_writes_by_out_after_the_approval(world: World) -> Any:
     return _changed(world, Call("add.out", (X, X), {"out": Ref(10)}, ()))
 
 
-@attack()
+@attack(because="writes are counted, and failures are marked: either is enough")
 def attack_a_write_that_fails_halfway(world: World) -> Any:
     """Some rows are written, then an index is out of range: writes are counted, and failures marked."""
     world.put(6, torch.tensor([0, 1, 99, 0, 0, 0]))
@@ -237,7 +237,7 @@ def attack_an_approvals_digest_edited(world: World) -> Any:
     return world.taken(10)
 
 
-@attack()
+@attack("uses")
 def attack_an_approval_copied_under_another_name(world: World) -> Any:
     """A copy has its own count of uses."""
     request = _mean(world)
@@ -255,7 +255,7 @@ def attack_reads_anothers_request(world: World) -> Any:
     return reply.results or None
 
 
-@attack()
+@attack("printable")
 def attack_approves_by_a_reason(world: World) -> Any:
     """What she writes is read in a terminal: nothing there may rewrite a line."""
     world.done(call("mean.default", X))
@@ -293,7 +293,7 @@ def attack_gives_an_id_anew(world: World) -> Any:
     return None if "mul.Tensor(heart.x, brought0)" in program else program
 
 
-@attack()
+@attack("shown")
 def attack_hides_a_copy_by_statistics(world: World) -> Any:
     world.done(Put(5, share(torch.zeros(4))), Put(6, share(torch.ones(4))))
     world.done(Call("native_batch_norm.default", (X, None, None, MINE, Ref(6), True, 1.0, 1e-5), {}, (10, 11, 12)))
@@ -320,7 +320,7 @@ def attack_loads_without_a_right(world: World) -> Any:
     return door.store.tensors() or None
 
 
-@attack("door")
+@attack("door", "policy")
 def attack_takes_after_the_right_was_withdrawn(world: World) -> Any:
     world.done(call("mean.default", X))
     world.owner.policies.register("heart", Policy.deny())
@@ -334,7 +334,7 @@ def attack_after_the_policy_has_ended(world: World) -> Any:
     return world.taken(1)
 
 
-@attack()
+@attack("names of principals")
 def attack_a_name_that_looks_like_a_rule(world: World) -> Any:
     world.owner.policies.register("heart", Policy(use=Use(interactive=("scientist/me", "me"))))
     doors = [world.opened(name, role) for name, role in (("*", "x"), ("scientist/me", ""), ("me\n", ""), ("", "*"))]
@@ -360,7 +360,7 @@ def attack_a_worker_without_a_ledger(world: World) -> Any:
     return world.taken(1)
 
 
-@attack()
+@attack("written first")
 def attack_leaves_no_trace(world: World) -> Any:
     """What leaves is in the ledger before: whatever way it took."""
     world.owner.policies.register("heart", Policy.open_to("mallory"))
@@ -448,7 +448,7 @@ def attack_an_older_policy_put_back(folder: Path, key: OwnerKey) -> Any:
     return _permits(folder, key)
 
 
-@attack()
+@attack("chained")
 @_folder
 def attack_an_edited_ledger(folder: Path, key: OwnerKey) -> Any:
     """Whoever can write the folder cannot unsay what was let out."""

@@ -152,7 +152,10 @@ for _name, _read in LOSS.items():
     def _loss(world: World, read: Callable[[Any], Any] = _read) -> Any:
         return stolen(world, lambda: read(_trained(world)[2]))
 
-    named(f"loss_by_{_name}", _loss, *(() if _name == "format" else ("door",)))
+    if _name == "format":
+        named(f"loss_by_{_name}", _loss, because="a pointer is formatted without its value")
+    else:
+        named(f"loss_by_{_name}", _loss, "door")
 
 
 def _saved(value: Any) -> str:
@@ -183,7 +186,7 @@ for _name, _say in WORDS.items():
             return None  # torch's own refusal: there are no elements here
         return text if text and ("70" in text.replace("7088", "") and "70" in _values(text)) else None
 
-    named(f"words_by_{_name}", _said)
+    named(f"words_by_{_name}", _said, because="a pointer has no elements: nothing is asked of the worker")
 
 
 def _values(text: str) -> str:
@@ -197,7 +200,7 @@ def attack_moves_it_to_a_friend(world: World) -> Any:
     return stolen(world, lambda: world.x.clone().move(friend).get())
 
 
-@attack()
+@attack(because="a pointer cannot be sent: it has no elements to send")
 def attack_sends_the_pointer(world: World) -> Any:
     friend = hc.VirtualWorker(id="friend")
 
@@ -242,7 +245,7 @@ def attack_a_shape_by_a_mask(world: World) -> Any:
     return stolen(world, take)
 
 
-@attack()
+@attack(because="a session's tags are its own: the owner's data sets are looked up elsewhere")
 def attack_replaces_the_data_set(world: World) -> Any:
     """Names are the owner's: a scientist's tensor with the same tag is another thing."""
     world.mine().tag("#heart")

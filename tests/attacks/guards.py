@@ -15,12 +15,26 @@ from housecall.program import forecast, ops
 from housecall.program.ops import _parse
 from housecall.program.run import _runner, execute
 from housecall.types import PUBLIC
-from housecall.worker import catalogue, history, limits, policies, private, store
-from housecall.worker.approvals import Approval, Requests
+from housecall.worker import (
+    approvals,
+    catalogue,
+    gate,
+    history,
+    ledger,
+    limits,
+    policies,
+    policy,
+    private,
+    store,
+    submission,
+)
+from housecall.worker.approvals import Approval, Request, Requests
 from housecall.worker.catalogue import Catalogue
-from housecall.worker.gate import Gate, Opening
+from housecall.worker.gate import Gate, Opening, Uses
 from housecall.worker.limits import Meter
+from housecall.worker.policy import Decision
 from housecall.worker.store import Store
+from housecall.worker.submission import BROUGHT, Origin, Submission, Submissions
 from housecall.worker.worker import WorkerSession
 
 __all__ = ["GUARDS", "without"]
@@ -160,6 +174,34 @@ def _note_anew(self: WorkerSession, name: str, identity: str) -> None:
     self.read[name] = identity
 
 
+def _loosely(entries: Any, principal: str, role: str) -> bool:
+    """Names that look like rules are taken for them."""
+    return bool({principal.strip(), f"{role}/{principal}", principal.rpartition("/")[2]} & {*entries, "*", ""})
+
+
+def _source_by_id(self: Submissions, ref: int) -> Any:
+    """Whatever is bound to an id that was a column's is taken for that column."""
+    if not hasattr(self, "known"):
+        self.known = {}
+    found = _source(self, ref)
+    return self.known.setdefault(ref, found) if found[0] == "column" else self.known.get(ref, found)
+
+
+def _after_alone(self: Submissions, made: Submission, refs: Any, approval: Any) -> Origin:
+    """What went before does not matter."""
+    return Origin(made.digest, frozenset([approval.id]) if approval is not None and approval.release else None)
+
+
+def _made_of_storages(self: Submissions, origin: Origin, program: Any, inputs: Any, outs: Any) -> None:
+    """All that shares a storage with what a run has made was made by it."""
+    cells = {self._store.cells[ref] for ref in outs if ref in self._store.cells}
+    shared = [ref for ref, cell in self._store.cells.items() if cell in cells]
+    _made(self, origin, program, inputs, [*outs, *shared])
+
+
+_source, _made = Submissions._source, Submissions.made
+
+
 _TABLE = {
     **ops.table(),
     **{
@@ -175,7 +217,7 @@ _TABLE = {
 
 GUARDS: dict[str, tuple[Any, ...]] = {
     "door": (patch.object(Gate, "release", lambda *args, **options: None),),
-    "load": (patch.object(Gate, "load", lambda *args: None),),
+    "load": (patch.object(Gate, "load", lambda *args: True),),
     "labels": (patch.object(Store, "read_by", lambda self, call: (PUBLIC, False)),),
     "aliases": (
         patch.object(Store, "read_by", lambda self, call: (PUBLIC, False)),
@@ -218,6 +260,35 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "replaced": (patch.object(WorkerSession, "_gone", lambda self: frozenset()),),
     "one meaning": (patch.object(WorkerSession, "_note_read", _note_anew),),
     "signed for the data": (patch.object(catalogue, "unsign", lambda folder, name: None),),
+    "shown": (patch.object(history.History, "add", lambda *args: None),),
+    "printable": (patch.object(approvals, "_printable", lambda what, text, limit: None),),
+    "bound once": (patch.object(Store, "__contains__", lambda self, ref: False),),
+    "policy": (patch.object(gate, "decide", lambda *args: Decision(True)),),
+    "names of principals": (patch.object(policy, "matches", _loosely),),
+    "chained": (
+        patch.object(ledger._Walk, "_follows", lambda *args: None),
+        patch.object(ledger._Walk, "_has_head", lambda self, line, head: next(self._heads, None)),
+        patch.object(ledger._Walk, "_is_signed", lambda *args: True),
+        patch.object(ledger._Walk, "_fits", lambda *args: None),
+    ),
+    "written first": (patch.object(Gate, "_note", lambda *args: None),),
+    "closed": (patch.object(Uses, "check", lambda self, label: None),),
+    "closed, and hidden failures": (
+        patch.object(Uses, "check", lambda self, label: None),
+        patch.object(limits, "run_private", _open_run),
+    ),
+    "accepted": (patch.object(Gate, "run", lambda *args: None),),
+    "sources": (patch.object(Submissions, "_source", lambda self, ref: BROUGHT),),
+    "types": (patch.object(Submissions, "_check_types", lambda *args: None),),
+    "columns by binding": (patch.object(Submissions, "_source", _source_by_id),),
+    "text that was read": (
+        patch.object(Request, "shown", property(lambda self: "")),
+        patch.object(Submission, "shown", ""),
+    ),
+    "names": (patch.object(submission, "_check_names", lambda program: None),),
+    "chain": (patch.object(Submissions, "after", _after_alone),),
+    "of slots": (patch.object(Submissions, "made", _made_of_storages),),
+    "still good": (patch.object(Requests, "lets_out", lambda *args: True),),
     "limits": (patch.object(limits, "_number", lambda limit: math.inf),),
     "table": (patch.object(ops, "table", lambda: _TABLE),),
 }

@@ -22,28 +22,32 @@ from housecall.worker.owner import Owner
 from housecall.worker.policy import Policy, Release, Use
 from housecall.worker.worker import Worker, WorkerSession
 
-__all__ = ["ASKING", "ATTACKS", "HEART", "SECRET", "Attack", "World", "attack", "call", "named", "stolen"]
+__all__ = ["ASKING", "ATTACKS", "HEART", "SECRET", "WHY_NONE", "Attack", "World", "attack", "call", "named", "stolen"]
 
 ASKING = Policy(use=Use(interactive=("me", "mallory")), release=Release(approvals=True))
 SECRET = 7000.0 + torch.arange(24.0).view(6, 4)
 HEART = Label(("heart",))
 
 Attack = Callable[["World"], Any]
+WHY_NONE: dict[str, str] = {}  # name -> why no single guard can be taken away
 ATTACKS: dict[str, tuple[Attack, tuple[str, ...]]] = {}  # name -> the attack, the guards each of which refuses it
 
 
-def named(name: str, function: Attack, *guards: str) -> None:
-    """List an attack. `guards`: the names, in `guards.py`, of what makes it fail, if taken away; none where the attack
-    has nothing to take in this design at all."""
+def named(name: str, function: Attack, *guards: str, because: str = "") -> None:
+    """List an attack. `guards`: the names, in `guards.py`, of what makes it fail, if taken away; or `because` there is
+    no single one: it has nothing to take in this design, or more than one refuses it."""
     assert name not in ATTACKS, name
+    assert bool(guards) != bool(because), f"{name}: which guard refuses it, or why is there none?"
     ATTACKS[name] = function, guards
+    if because:
+        WHY_NONE[name] = because
 
 
-def attack(*guards: str) -> Callable[[Attack], Attack]:
+def attack(*guards: str, because: str = "") -> Callable[[Attack], Attack]:
     """`named`, as a decorator of functions `attack_xxx`."""
 
     def listed(function: Attack) -> Attack:
-        named(function.__name__.removeprefix("attack_"), function, *guards)
+        named(function.__name__.removeprefix("attack_"), function, *guards, because=because)
         return function
 
     return listed

@@ -6,13 +6,14 @@ import by_data
 import by_frames
 import by_owners_word
 import by_pointers
+import by_programs
 import pytest
 from guards import GUARDS
-from hostile import ATTACKS, World
+from hostile import ATTACKS, WHY_NONE, World
 
 from housecall.worker import history
 
-__all__ = ["by_data", "by_frames", "by_owners_word", "by_pointers"]
+__all__ = ["by_data", "by_frames", "by_owners_word", "by_pointers", "by_programs"]
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +31,8 @@ def test_refused(name: str) -> None:
 def test_there_are_enough() -> None:
     assert len(ATTACKS) >= 150
     assert {guard for _, guards in ATTACKS.values() for guard in guards} == set(GUARDS)
+
+
+def test_few_need_no_guard_and_each_says_why() -> None:
+    named = {name for name in WHY_NONE if not name.startswith(("the_name_", "words_by_"))}
+    assert len(named) <= 20, named

@@ -6,13 +6,14 @@ import by_data
 import by_frames
 import by_owners_word
 import by_pointers
+import by_programs
 import pytest
 from guards import without
 from hostile import ATTACKS, World
 
 from housecall.worker import history
 
-__all__ = ["by_data", "by_frames", "by_owners_word", "by_pointers"]
+__all__ = ["by_data", "by_frames", "by_owners_word", "by_pointers", "by_programs"]
 
 PAIRS = sorted((guard, name) for name, (_, guards) in ATTACKS.items() for guard in guards)
 
