@@ -55,14 +55,19 @@ def test_the_story(clinics: dict[str, Any], cluster: hc.LocalCluster) -> None:
     with train.owners(cluster, "--answer", "approve"):
         told = train.story(cluster, train.public_rows(None))
     assert "rule release.approvals" in told.refusal
-    assert "rule release.approvals" in told.refused_model
+    assert "rule plans.ask" in told.refused_run
+    assert f"one program of {len(told.program.calls)} operations" in PAGE
+    assert told.rehearsal[1] < told.rehearsal[0]
     assert told.accuracy["average"] > 0.8 > told.accuracy["untrained"]
     assert released(cluster) == {name: count + 1 for name, count in before.items()}
     for entries in told.ledgers.values():
-        asked = next(sealed for sealed in reversed(entries) if sealed.entry.kind == "request")
-        left = next(sealed for sealed in reversed(entries) if sealed.entry.kind == "release")
-        assert asked.sequence < left.sequence
-        assert left.entry.program.startswith(asked.entry.program)  # what left is what was asked for
+        last = {sealed.entry.kind: sealed for sealed in entries}
+        order = [last[kind].sequence for kind in ("request", "approval", "run", "release")]
+        assert order == sorted(order)
+        digest = last["request"].entry.program
+        assert all(last[kind].entry.program.startswith(digest) for kind in ("approval", "run", "release"))
+        assert "and what it makes may leave" in last["approval"].entry.decision
+        assert last["release"].entry.decision == "allowed by heart: 2 tensors, 14 values"
 
 
 def test_the_greedy_variant_is_refused_at_every_turn_with_the_texts_of_the_page(
@@ -74,7 +79,7 @@ def test_the_greedy_variant_is_refused_at_every_turn_with_the_texts_of_the_page(
     rows = dict(re.findall(r"^\| (.+) \| \((\d)\) \|$", PAGE, re.M))
     texts = dict(re.findall(r"^\((\d)\) (.+)$", PAGE, re.M))
     assert {name: texts[number] for name, number in rows.items()} == answers
-    assert released(cluster) == before  # also nothing of a model that was approved, and then written to
+    assert released(cluster) == before  # the approved model too: she never asked for it
 
 
 def released(cluster: hc.LocalCluster) -> dict[str, int]:

@@ -49,6 +49,7 @@ from housecall.wire.messages import (
     Search,
     Seed,
     Status,
+    Submit,
     Tag,
     Types,
     Value,
@@ -249,6 +250,7 @@ MESSAGES: tuple[Message, ...] = (
     Run("5f" * 32, (1,), (8,), (0.5,)),
     Request((6,), "for the paper"),
     Status("request-1"),
+    Submit("ab" * 32, (1, 2), "for science", 3),
 )
 OWNED = Owned("heart", (Column("x", "float32", (13,)), Column("y", "int64", ())), 2**40, ("#heart",), "of Cleveland")
 RESULTS = (

@@ -9,18 +9,39 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_labels import programs
 from torch import nn
 from torch.nn import functional as F
 
 import housecall as hc
 from housecall.program.call import Call, Input, Items
 from housecall.transport.arrays import share
+from housecall.transport.parcel import packed
 from housecall.types import Ref, TensorType
-from housecall.wire.messages import Array, Clear, Define, Drop, Fetch, Frame, Load, Put, Requested, Run, Status, Submit
+from housecall.wire.messages import (
+    Array,
+    Clear,
+    Define,
+    Describe,
+    Drop,
+    Fetch,
+    Frame,
+    Heard,
+    Load,
+    Put,
+    Requested,
+    Run,
+    Status,
+    Submit,
+)
 from housecall.worker import private
 from housecall.worker.approvals import Requests
+from housecall.worker.gate import Gate
 from housecall.worker.ledger import Account
 from housecall.worker.owner import Owner, gate_of
 from housecall.worker.policies import draft, sign
@@ -581,3 +602,45 @@ def test_an_answer_without_a_signature_is_noted_as_such(tmp_path: Path) -> None:
     assert entry.kind == "approval"
     assert "there is no approval that the owner signed" in entry.decision
     assert "plans.ask" in world.why(Run(SUM.digest, (1,), (20,)))
+
+
+# -- whatever the elements are ----------------------------------------------------------------------------------
+
+
+def seen_of(made: hc.Program, secrets: torch.Tensor) -> bytes:
+    """All that a scientist sees of a program that was approved and run, and of what she tries around it."""
+    owner, worker = Owner(), Worker("clinic")
+    worker.gate = owner.gate
+    for name, values in (("heart", secrets), ("labs", secrets.flip(0).clone())):
+        worker.catalogue.register(name, {"x": values})
+        owner.policies.register(name, ASKED)
+    door = worker.open("me")
+    outs = tuple(range(100, 100 + len(made.outputs)))
+    door.handle(Frame(1, (Load("heart", (3,)), Load("labs", (4,)))))
+    door.handle(Frame(2, (Put(1, share(torch.ones(4, 4))), Put(2, share(torch.full((4, 4), 2.0))))))
+    (said,) = door.handle(Frame(3, (Define(made), Submit(made.digest, (1, 2, 3, 4), "why")))).results
+    owner.approve(said.request)  # type: ignore[union-attr]  # it is a Requested
+    run = Run(made.digest, (1, 2, 3, 4), outs)
+    later = tuple(out + 1000 for out in outs)
+    frames = (
+        (Call("cholesky.default", (Ref(3),), {}, (50,)),),  # on her columns, and it would fail on one of the two
+        (run, Describe(outs), Fetch(outs)),
+        (msgspec.structs.replace(run, outs=later), Describe(later)),  # not approved any more
+        tuple(Call("neg.default", (Ref(out),), {}, (out + 2000,)) for out in outs),
+    )
+    replies = [door.handle(Frame(number, (Heard(number - 1), *messages))) for number, messages in enumerate(frames, 4)]
+    return b"".join(part for reply in replies for part in packed(reply).packets(0))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 10**6))
+def test_what_is_seen_of_a_run_is_the_same_whatever_the_elements_are(seed: int) -> None:
+    made, _ = programs(seed)
+    special = torch.tensor([float("nan"), float("inf"), -0.0, 1e38]).expand(4, 4).clone()
+    assert seen_of(made, torch.eye(4)) == seen_of(made, special)
+
+
+def test_what_is_seen_would_show_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = programs(1)
+    monkeypatch.setattr(Gate, "release", lambda *args, **options: None)
+    assert seen_of(made, torch.eye(4)) != seen_of(made, torch.zeros(4, 4))

@@ -8,7 +8,6 @@ Each attempt is a line of what people write; none is clever.
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hospitals import hospitals
 from table import COLUMNS
 from torch import nn
 from torch.nn import functional as F
-from train import owners, train
+from train import owners, training
 
 import housecall as hc
 from housecall.errors import HousecallError
@@ -31,12 +30,13 @@ def told(attempt: Callable[[], Any]) -> str:
     try:
         got = attempt()
     except HousecallError as error:
-        return str(error).partition("\n")[0]
+        text = str(error).partition("\n")[0]
+        return text.partition("PolicyError: ")[2] or text  # which operator it was does not matter
     raise AssertionError(f"this was to be refused, and gave {got!r}")
 
 
 def greedy(westside: Any, grapevine: Any) -> Iterator[tuple[str, str]]:
-    """(what she tries, what she is told), one after the other. The owner of westside approves one model meanwhile."""
+    """(what she tries, what she is told), one after the other. The owner of westside approves one run meanwhile."""
     heart = westside.search("#heart")[0]
     for name, attempt in (*on_records(heart, westside, grapevine), *on_training(heart, westside)):
         yield name, told(attempt)
@@ -48,8 +48,8 @@ def on_records(heart: Any, westside: Any, grapevine: Any) -> list[Attempt]:
     x, y = heart.column("x"), heart.column("y")
 
     def written_into_hers() -> Any:
-        mine = torch.zeros(2, len(COLUMNS)).send(westside)
-        mine.view(-1)[: len(COLUMNS)] = x[0]
+        mine = torch.zeros(*x.shape).send(westside)
+        mine.copy_(x)
         return mine.get()
 
     def branch() -> Any:
@@ -58,48 +58,68 @@ def on_records(heart: Any, westside: Any, grapevine: Any) -> list[Attempt]:
     return [
         ("a column", lambda: x.get()),
         ("one record, through a view", lambda: x[0].get()),
-        ("one record, written into a tensor of hers", written_into_hers),
+        ("the records, written into a tensor of hers", written_into_hers),
         ("a mean over all records", lambda: x.mean(0).get()),
         ("a branch on a record", branch),
         ("as many rows as there are patients", lambda: x[y == 1].shape),
         ("a record as an error's text", lambda: torch.zeros(1).send(westside)[(x[0, :1] * 1000).long()].get()),
         ("on to the other hospital", lambda: x.clone().move(grapevine)),
         ("a change of the hospital's records", lambda: x.zero_().sum().get()),
+        ("a batch of a loader", lambda: next(iter(hc.FederatedDataLoader(heart, batch_size=1)))[0].get()),
     ]
 
 
 def on_training(heart: Any, westside: Any) -> list[Attempt]:
-    """What training makes of the records."""
+    """Training, as she likes it."""
     x, y = heart.column("x"), heart.column("y")
-    model = nn.Linear(len(COLUMNS), 1).send(westside)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
-    loss = F.binary_cross_entropy_with_logits(model(x[:1]).squeeze(1), y[:1])
-    loss.backward()
-    optimizer.step()
+
+    def by_pointers() -> Any:
+        model = nn.Linear(len(COLUMNS), 1).send(westside)
+        F.binary_cross_entropy_with_logits(model(x).squeeze(1), y).backward()
+        return model.weight.grad.get()
+
+    def by_an_unread_program() -> Any:
+        return hc.record(lambda x: x[0], x)(x).get()
+
+    def copied_into_a_model() -> Any:
+        model = nn.Linear(len(COLUMNS), 1).send(westside)
+
+        def copied(model: nn.Module, x: torch.Tensor) -> None:
+            with torch.no_grad():
+                model.weight.copy_(x[:1])
+
+        hc.record(copied, model, x)(model, x)
+        return model.get()
+
     return [
-        ("the loss on one patient", loss.item),
-        ("the gradient of one patient", lambda: model.weight.grad.get()),
-        ("the optimizer's state", lambda: optimizer.state[model.weight]["momentum_buffer"].get()),
-        ("the model, without asking", lambda: model.get()),
-        ("a copy of the model", lambda: copy.deepcopy(model.weight.detach()).get()),
+        ("a gradient, by pointers", by_pointers),
+        ("a record, by a program that nobody has read", by_an_unread_program),
+        ("a record, put into a model by such a program", copied_into_a_model),
     ]
 
 
 def on_approval(heart: Any, westside: Any) -> Iterator[tuple[str, str]]:
-    """More than was approved. The owner approves a trained model; the second request she denies."""
-    model = nn.Linear(len(COLUMNS), 1).send(westside)
-    optimizer = train(model, heart)
-    optimizer.zero_grad()
-    approved = model.request("the trained model")
-    approved.wait(timeout=600, every=0.2)
-    with torch.no_grad():
-        model.weight[0] = heart.column("x")[0]
-    yield "a record, put into the model after its approval", told(model.get)
-    with torch.no_grad():
-        bias = model.bias.detach().clone()
-    yield "a clone of what was approved", told(bias.get)
-    again = model.request("and the same again, improved")
-    yield "a second request", told(lambda: again.wait(timeout=600, every=0.2)).replace(again.id, "ID")
+    """More than was approved. The owner approves one training; the second request she denies."""
+    x, y = heart.column("x"), heart.column("y")
+    model = nn.Linear(len(COLUMNS), 1)
+    step = hc.record(training(model), model, x, y)
+    model.send(westside)
+    step.submit(model, x, y, reason="a regression").wait(timeout=600, every=0.2)
+    step(model, x, y)
+    westside.session.wait()
+
+    def again() -> Any:
+        step(model, x, y)
+        westside.session.wait()
+
+    def its_weight() -> Any:
+        return hc.record(lambda weight, x: x @ weight.t(), model.weight.detach(), x)(model.weight.detach(), x).get()
+
+    yield "the same training once more", told(again)
+    yield "the approved model, by pointers", told(lambda: (model.weight * 1).get())
+    yield "each patient's risk, by the approved model", told(its_weight)
+    second = step.submit(model, x, y, reason="and the same again, improved")
+    yield "a second request", told(lambda: second.wait(timeout=600, every=0.2)).replace(second.id, "ID")
 
 
 def main() -> None:

@@ -13,10 +13,13 @@ from pathlib import Path
 from table import FILES, split, table
 
 import housecall as hc
-from housecall.worker.policy import Policy, Release, Use
+from housecall.worker.policy import Plans, Policy, Release, Use
 
-# The scientist may compute on the records with pointers. Nothing leaves, but what the owner approves, once.
-POLICY = Policy(use=Use(interactive=("scientist/me",)), release=Release(approvals=True))
+# The scientist may run programs that the owner has read, and touch the records in no other way. Nothing leaves, but
+# what the owner approves.
+POLICY = Policy(use=Use(plans=("scientist/me",)), plans=Plans(ask=True), release=Release(approvals=True))
+# Records of nobody, for everybody: 13 standard normal numbers, and a diagnosis from 0 to 1. To write programs on.
+MOCK = hc.Fakes(records=50, y=(0, 1))
 
 
 @contextmanager
@@ -25,5 +28,5 @@ def hospitals(data: Path | None = None) -> Iterator[hc.LocalCluster]:
     with hc.LocalCluster(tuple(FILES)) as cluster:
         for hospital in cluster:
             (x, y), _ = split(table(hospital.id, data))
-            hospital.add("heart", x=x, y=y, tags=["#heart"], description="heart disease", policy=POLICY)
+            hospital.add("heart", x=x, y=y, tags=["#heart"], description="heart disease", mock=MOCK, policy=POLICY)
         yield cluster

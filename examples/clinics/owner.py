@@ -31,8 +31,9 @@ def main() -> None:
         request = _next(requests, given.minutes)
         _show(request)
         if _approves(given.answer, number):
-            requests.approve(request.id, OwnerKey.load(given.folder))
-            print("approved, once, for 24 hours", flush=True)
+            key = OwnerKey.load(given.folder)
+            requests.approve(request.id, key, request.runs, release=request.kind == "program")
+            print("approved, for 24 hours", flush=True)
         else:
             requests.deny(request.id, given.reason)
             print(f"denied: {given.reason}", flush=True)
@@ -49,14 +50,15 @@ def _next(requests: Requests, minutes: float) -> Request:
 
 
 def _show(request: Request) -> None:
-    print(f"request {request.id}: {request.role} '{request.principal}' asks for {' + '.join(request.data_sets)}")
+    what = f"to run a program ({request.runs} times) on" if request.kind == "program" else "to take a value of"
+    print(f"request {request.id}: {request.role} '{request.principal}' asks {what} {' + '.join(request.data_sets)}")
     print(f"because: {request.reason}")
     print(request.program)
 
 
 def _approves(answer: str, number: int) -> bool:
     if answer == "ask":
-        return input("Approve it, once? [y/N] ").strip().lower() == "y"
+        return input("Approve it, and that what comes of it leaves? [y/N] ").strip().lower() == "y"
     return answer == "approve" or (answer == "approve-then-deny" and number == 0)
 
 

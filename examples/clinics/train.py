@@ -3,8 +3,9 @@
     python train.py [--data FOLDER]             her side, and the owners answer in processes of their own
     python train.py --ask                       you answer for them, in other terminals: the commands are printed
 
-She finds the tables by tag, tries to take a column and is refused, trains the same model at each hospital by a recorded
-step, asks for both, waits, averages them at home (McMahan et al. 2017, one round), and tests on rows of her own.
+She finds the tables by tag, tries to take a column and is refused, writes her training on the hospitals' mocks, records
+it, submits it to both owners, waits, runs it, averages the two models at home (McMahan et al. 2017, one round), and
+tests on rows of her own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,49 +27,58 @@ from torch import nn
 from torch.nn import functional as F
 
 import housecall as hc
-from housecall.errors import PolicyError
+from housecall.errors import HousecallError
 from housecall.worker.ledger import Account, Sealed
 
 HERE = Path(__file__).parent
-WHY = "two hospitals' models, averaged once: parameters of a logistic regression, no losses, no gradients"
-EPOCHS = 8
-BATCH = 64
+WHY = "two hospitals' models, averaged once: 14 parameters of a logistic regression, no losses, no gradients"
+STEPS = 24
 
 
 class Story(NamedTuple):
     """What came of it."""
 
     refusal: str  # of a column
-    refused_model: str  # before the owner approved
+    refused_run: str  # before the owner approved
+    program: hc.Program  # as it was submitted to westside
+    rehearsal: tuple[float, float]  # the loss on a mock, before and after
     accuracy: dict[str, float]  # on rows of her own, by model
     ledgers: dict[str, list[Sealed]]  # by hospital, verified
 
 
-def train(model: nn.Module, heart: Any) -> torch.optim.Optimizer:
-    """The article's loop, at one hospital. Its step is recorded, once for each size of batch: a run is one message."""
+def training(model: nn.Module) -> Callable[[nn.Module, torch.Tensor, torch.Tensor], None]:
+    """The article's loop on all records at once. Nothing of it is picked by whoever runs it, but where it begins."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
 
-    def step(x: torch.Tensor, y: torch.Tensor) -> None:
-        optimizer.zero_grad()
-        loss = F.binary_cross_entropy_with_logits(model(x).squeeze(1), y)
-        loss.backward()
-        optimizer.step()
+    def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            F.binary_cross_entropy_with_logits(model(x).squeeze(1), y).backward()
+            optimizer.step()
+        optimizer.zero_grad()  # gradients derive from the records as well, and nobody needs them
 
-    # Types are enough to record it: no record is touched, and it can be printed and read before anything runs.
-    recorded = hc.record(step, torch.empty(BATCH, len(COLUMNS), device="meta"), torch.empty(BATCH, device="meta"))
-    loader = hc.FederatedDataLoader(heart, batch_size=BATCH, shuffle=True)
-    for _ in range(EPOCHS):
-        for x, y in loader:
-            recorded(x, y)
-    return optimizer
+    return train
 
 
-def refused(get: Any) -> str:
+def rehearsed(start: nn.Module, mock: Any) -> tuple[float, float]:
+    """The loss on a mock before and after training: that it runs is what she learns from it."""
+    model, x, y = copy.deepcopy(start), mock.column("x"), mock.column("y")
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(F.binary_cross_entropy_with_logits(model(x).squeeze(1), y))
+
+    before = loss()
+    training(model)(model, x, y)
+    return before, loss()
+
+
+def refused(attempt: Any) -> str:
     """What a refusal says. That it is one is the point."""
     try:
-        get()
-    except PolicyError as error:
-        return str(error)
+        attempt()
+    except HousecallError as error:
+        return str(error).partition("\n")[0]
     raise AssertionError("this was to be refused, and was not")
 
 
@@ -98,25 +108,35 @@ def story(cluster: hc.LocalCluster, rows: Table) -> Story:
     print(f"\nA column, please?  {refusal}\n")
 
     start = nn.Linear(len(COLUMNS), 1)
-    models, asked, refused_model = {}, {}, ""
+    mock = found["westside"].mock()
+    losses = rehearsed(start, mock)
+    print(f"{mock}\nthe loss on it: {losses[0]:.2f}, and {losses[1]:.2f} after training\n")
+
+    runs, asked, models, refused_run = {}, {}, {}, ""
     for hospital in cluster:
-        model = models[hospital.id] = copy.deepcopy(start).send(hospital)
-        optimizer = train(model, found[hospital.id])
-        optimizer.zero_grad()  # gradients derive from the records as well, and were not asked for
-        # It has seen this hospital's records now: it cannot come home, nor go to the other, unless the owner lets it.
-        refused_model = refused(model.get)
-        asked[hospital.id] = model.request(WHY)
+        heart, model = found[hospital.id], copy.deepcopy(start)
+        step = hc.record(training(model), model, mock.column("x"), mock.column("y"))
+        models[hospital.id] = model.send(hospital)
+        arguments = model, heart.column("x"), heart.column("y")
+        runs[hospital.id] = step, arguments
+        refused_run = refused(lambda step=step, at=hospital, given=arguments: (step(*given), at.session.wait()))
+        asked[hospital.id] = step.submit(*arguments, reason=WHY)
+    program = runs["westside"][0].program
+    print(f"her program, of {len(program.calls)} operations, is submitted to both\n")
 
     for name, answer in asked.items():
         answer.wait(timeout=600, every=0.2)
+        step, arguments = runs[name]
+        step(*arguments)  # one message: it runs there, once, as it was read
         models[name].get()
-        print(f"{name}: approved, and home")
+        print(f"{name}: approved, run, and home")
 
     models["average"] = average(list(models.values()), start)
     scores = {name: accuracy(model, rows) for name, model in {"untrained": start, **models}.items()}
     for name, score in scores.items():
         print(f"{name:>10}: right about {score:.1%} of {len(rows[1])} patients of her own")
-    return Story(refusal, refused_model, scores, {hospital.id: ledger(hospital) for hospital in cluster})
+    ledgers = {hospital.id: ledger(hospital) for hospital in cluster}
+    return Story(refusal, refused_run, program, losses, scores, ledgers)
 
 
 def ledger(hospital: Any) -> list[Sealed]:
@@ -127,7 +147,7 @@ def ledger(hospital: Any) -> list[Sealed]:
     left = [sealed.entry for sealed in entries if sealed.entry.kind == "release"]
     print(f"\n{hospital.id}: the ledger is whole, {verified.entries} entries; what left:")
     for entry in left:
-        print(f"  {' + '.join(entry.data_sets)} to {entry.principal}: {entry.program}")
+        print(f"  {' + '.join(entry.data_sets)} to {entry.principal}: {entry.decision}\n    by program {entry.program}")
     return entries
 
 

@@ -65,7 +65,8 @@ class OwnersAnswer:
 
     def __repr__(self) -> str:
         words = f": {self.words}" if self.words else ""
-        return f"<request {self.id} to '{self._session.location.id}', {self._said.status}{words}>"
+        name = f"request {self.id}" if self.id else "question"
+        return f"<{name} to '{self._session.location.id}', {self._said.status}{words}>"
 
 
 def ask_owner(session: Session, slots: Iterable[Slot], reason: str) -> OwnersAnswer:

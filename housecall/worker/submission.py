@@ -42,6 +42,8 @@ __all__ = ["Origin", "Source", "Submission", "Submissions"]
 _PURPOSE = b"housecall submission 1\0"
 _NAME = re.compile(r"[^\s(){}%,:;=/#\\]{1,200}")  # of inputs, outputs, numbers: nothing that could pass for a program
 
+_MOST = 1_000  # submissions that a session remembers: beyond, the oldest is forgotten, and what it made is `made`
+
 # Where an input comes from: ("column", data set, column, the data's identity), ("brought",), or ("made", digest, data
 # sets ...). An approval of one data set's records is none of those that replace them.
 Source = tuple[str, ...]
@@ -186,7 +188,10 @@ class Submissions:
             if known is not None and known.program.digest == program.digest and _goes_on(known, sources):
                 return known
         made = Submission(program, sources, tuple([self._store.label(ref) for ref in refs]))
-        return self._known.setdefault(made.digest, made)
+        known = self._known.setdefault(made.digest, made)
+        if len(self._known) > _MOST:
+            del self._known[next(iter(self._known))]
+        return known
 
     def after(self, submission: Submission, refs: tuple[int, ...], approval: Approval | None) -> Origin:
         """What a run of a submission on these slots makes its values of: they leave by its approval only if the runs of
