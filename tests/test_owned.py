@@ -218,10 +218,10 @@ def test_data_that_is_replaced_while_a_release_is_decided(clinic: hc.VirtualWork
     clinic.session.wait()
     ask = clinic.owner.gate.release
 
-    def unlucky(*args: Any) -> None:
+    def unlucky(*args: Any, **options: Any) -> None:
         clinic.owner.gate.release = ask  # type: ignore[method-assign]  # put back
         clinic.add("heart", x=X * 0, y=Y, policy=OPEN, replace=True)
-        ask(*args)
+        ask(*args, **options)
 
     clinic.owner.gate.release = unlucky  # type: ignore[method-assign]  # as above
     with pytest.raises(hc.PolicyError, match=GONE):

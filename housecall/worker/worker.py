@@ -297,13 +297,16 @@ class WorkerSession:
 
     def _load(self, name: str, ids: tuple[int, ...]) -> None:
         identity = self.worker.catalogue.identity(name)
+        self._check_same(name, identity)  # before the new data's policy says what may be done with what bears the name
         self.uses.load(name)
-        if self.meter is not None:
-            self.meter.may_use = self.uses.check if self.uses.closed else None
         columns, label, found = self.worker.catalogue.lent(name)
         if found != identity:  # what was permitted was of other data
+            self.uses.closed.add(name)
+        if self.meter is not None:
+            self.meter.may_use = self._may_use if self.uses.closed else None
+        if found != identity:
             raise PolicyError(_replaced(name))
-        self._note_read(name, found)
+        self.read[name] = found
         if len(ids) != len(columns) or len(set(ids)) != len(ids):
             raise ProgramError(f"data set '{name}' has {len(columns)} columns; {len(ids)} ids were to be bound: {ids}")
         for ref in ids:
@@ -324,12 +327,19 @@ class WorkerSession:
             if self.meter is not None:
                 self.meter.history.lent(ref, f"{name}.{title}", self.store)
 
-    def _note_read(self, name: str, identity: str) -> None:
+    def _may_use(self, label: Label) -> None:
+        """Before a call reads values of this label. Raises `PolicyError` if they are for programs only, whatever is
+        permitted on other data that has the name now."""
+        names = self.uses.among(label)
+        for name in sorted(self._gone().intersection(names)) if names else ():
+            raise PolicyError(_replaced(name))
+        self.uses.check(label)
+
+    def _check_same(self, name: str, identity: str) -> None:
         """In one session a name means one data set, as long as anything derives from it. Raises `PolicyError` if this
         is another one."""
         if self.read.get(name, identity) != identity and self._holds(name):
             raise PolicyError(_replaced(name))
-        self.read[name] = identity
 
     def _holds(self, name: str) -> bool:
         """Whether anything here derives from a data set of this name: a value, or what randomness will give."""

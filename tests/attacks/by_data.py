@@ -19,7 +19,7 @@ from housecall.wire.messages import Clear, Drop, Load, Mock, Mocked, Open, Put, 
 from housecall.worker.catalogue import Catalogue
 from housecall.worker.mocks import Fakes
 from housecall.worker.policies import Policies, draft, sign
-from housecall.worker.policy import Policy
+from housecall.worker.policy import Policy, Use
 from housecall.worker.signing import OwnerKey
 
 X = Ref(1)
@@ -168,6 +168,27 @@ def attack_loads_the_new_data_to_free_the_old(world: World) -> Any:
     _replaced(world, Policy.open_to("mallory"))
     world.frame(Load("heart", (21, 22)))
     return world.taken(10)
+
+
+@attack("one meaning")
+def attack_opens_closed_values_by_other_data(world: World) -> Any:
+    """She may have the old data for programs only, and the new one for anything."""
+    world.owner.policies.register("heart", Policy(use=Use(plans=("mallory",))))
+    world.done(Clear(), Load("heart", (1, 2)))
+    assert world.frame(call("mean.default", X)).failures
+    _replaced(world, Policy.open_to("mallory"))
+    world.frame(Load("heart", (21, 22)), call("mean.default", X, outs=(11,)))
+    return world.door.store.tensors().get(11)
+
+
+@attack("replaced")
+def attack_waits_with_closed_values_for_other_data(world: World) -> Any:
+    """She has not touched them before, so nothing is known of what she may do."""
+    world.owner.policies.register("heart", Policy(use=Use(plans=("mallory",))))
+    world.done(Clear(), Load("heart", (1, 2)))
+    _replaced(world, Policy.open_to("mallory"))
+    world.frame(call("mean.default", X, outs=(11,)))
+    return world.door.store.tensors().get(11)
 
 
 @attack("replaced")

@@ -170,10 +170,6 @@ def _unlooked_at(path: Any, owned: Any, digest: str) -> Any:
     return catalogue._mapped(path, owned.name, owned.columns, owned.mock)
 
 
-def _note_anew(self: WorkerSession, name: str, identity: str) -> None:
-    self.read[name] = identity
-
-
 def _loosely(entries: Any, principal: str, role: str) -> bool:
     """Names that look like rules are taken for them."""
     return bool({principal.strip(), f"{role}/{principal}", principal.rpartition("/")[2]} & {*entries, "*", ""})
@@ -258,7 +254,7 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "mock's file": (patch.object(catalogue, "_load_mock", _unlooked_at),),
     "withheld": (patch.object(Catalogue, "lent", _with_withheld),),
     "replaced": (patch.object(WorkerSession, "_gone", lambda self: frozenset()),),
-    "one meaning": (patch.object(WorkerSession, "_note_read", _note_anew),),
+    "one meaning": (patch.object(WorkerSession, "_check_same", lambda self, name, identity: None),),
     "signed for the data": (patch.object(catalogue, "unsign", lambda folder, name: None),),
     "shown": (patch.object(history.History, "add", lambda *args: None),),
     "printable": (patch.object(approvals, "_printable", lambda what, text, limit: None),),
