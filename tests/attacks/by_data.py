@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from hostile import ASKING, SECRET, World, attack, call, named
 
-from housecall.program.call import Call
+from housecall.program.call import Call, Input, Program
 from housecall.transport.arrays import share
-from housecall.types import Ref
-from housecall.wire.messages import Clear, Drop, Load, Mock, Mocked, Open, Put, Search, Tag
+from housecall.types import Ref, TensorType
+from housecall.wire.messages import Clear, Define, Drop, Load, Mock, Mocked, Open, Put, Run, Search, Submit, Tag
 from housecall.worker.catalogue import Catalogue
 from housecall.worker.mocks import Fakes
 from housecall.worker.policies import Policies, draft, sign
-from housecall.worker.policy import Policy, Use
+from housecall.worker.policy import Plans, Policy, Release, Use
 from housecall.worker.signing import OwnerKey
 
 X = Ref(1)
@@ -197,6 +197,23 @@ def attack_a_name_that_is_free_again(world: World) -> Any:
     world.worker.catalogue.remove("heart")
     world.owner.policies.register("heart", Policy.open_to("mallory"))
     return world.taken(10)
+
+
+@attack("approved for the data")
+def attack_runs_an_approved_program_on_other_data(world: World) -> Any:
+    """The owner read that the old records are summed; more have come since."""
+    policy = Policy(use=Use(plans=("mallory",)), plans=Plans(ask=True), release=Release(approvals=True))
+    world.owner.policies.register("heart", policy)
+    column = Input("x", 1, TensorType("float32", (6, 4), (4, 1)))
+    program = Program((column,), (call("sum.default", X),), (("out", 10),))
+    world.done(Clear(), Load("heart", (1, 2)), Define(program), Submit(program.digest, (1,), "why"))
+    (asked,) = world.owner.pending()
+    world.owner.approve(asked.id, uses=9, release=True)
+    world.done(Run(program.digest, (1,), (20,)))
+    assert world.taken(20) is not None
+    _replaced(world, policy)
+    world.frame(Clear(), Load("heart", (1, 2)), Run(program.digest, (1,), (21,)))
+    return world.taken(21)
 
 
 def _policies(attempt: Callable[[Path, OwnerKey, Catalogue], Any]) -> Callable[[World], Any]:

@@ -162,7 +162,11 @@ def _with_withheld(self: Catalogue, name: str) -> Any:
     return lent._replace(columns=self._columns(name).columns)
 
 
-_lent = Catalogue.lent
+_lent, _column = Catalogue.lent, Submissions.lent
+
+
+def _whatever_data(self: Submissions, ref: int, data_set: str, column: str, identity: str) -> None:
+    _column(self, ref, data_set, column, "")
 
 
 def _unlooked_at(path: Any, owned: Any, digest: str) -> Any:
@@ -255,6 +259,7 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "withheld": (patch.object(Catalogue, "lent", _with_withheld),),
     "replaced": (patch.object(WorkerSession, "_gone", lambda self: frozenset()),),
     "one meaning": (patch.object(WorkerSession, "_check_same", lambda self, name, identity: None),),
+    "approved for the data": (patch.object(Submissions, "lent", _whatever_data),),
     "signed for the data": (patch.object(catalogue, "unsign", lambda folder, name: None),),
     "shown": (patch.object(history.History, "add", lambda *args: None),),
     "printable": (patch.object(approvals, "_printable", lambda what, text, limit: None),),
