@@ -187,6 +187,8 @@ def test_what_derives_from_replaced_data_stays(clinic: hc.VirtualWorker) -> None
     for taken in (before, approved, before + 1, found.column("y").clone()):
         with pytest.raises(hc.PolicyError, match=GONE):
             taken.get()
+        last = list(clinic.owner.ledger.entries())[-1].entry
+        assert (last.kind, last.data_sets, GONE in last.decision) == ("refusal", ("heart",), True)
     with pytest.raises(hc.OperatorError, match=GONE):
         (before * 2).request("again")
     with pytest.raises(hc.OperatorError, match=GONE):  # one session, one meaning of a name

@@ -162,6 +162,10 @@ class Gate:
         self._note("approval", who, label, digest, f"request {approval.id}: used, as the owner signed")
         return f"{digest} (request {approval.id})"
 
+    def refuse(self, who: Who, label: Label, why: str) -> None:
+        """Write down a refusal that no policy was asked for. Raises `LedgerError`."""
+        self._note("refusal", who, label, "", why)
+
     def request(self, who: Who, label: Label, digest: str, program: str, reason: str) -> Requested:
         """Put a request for values before the owner. Raises `PolicyError` if no approval could ever permit it."""
         decision = self._decide(label.sources, Asked("exact", who.name, who.role))

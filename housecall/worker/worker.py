@@ -305,7 +305,7 @@ class WorkerSession:
         if self.meter is not None:
             self.meter.may_use = self._may_use if self.uses.closed else None
         if found != identity:
-            raise PolicyError(_replaced(name))
+            raise self._refused(name)
         self.read[name] = found
         if len(ids) != len(columns) or len(set(ids)) != len(ids):
             raise ProgramError(f"data set '{name}' has {len(columns)} columns; {len(ids)} ids were to be bound: {ids}")
@@ -332,14 +332,14 @@ class WorkerSession:
         permitted on other data that has the name now."""
         names = self.uses.among(label)
         for name in sorted(self._gone().intersection(names)) if names else ():
-            raise PolicyError(_replaced(name))
+            raise self._refused(name)
         self.uses.check(label)
 
     def _check_same(self, name: str, identity: str) -> None:
         """In one session a name means one data set, as long as anything derives from it. Raises `PolicyError` if this
         is another one."""
         if self.read.get(name, identity) != identity and self._holds(name):
-            raise PolicyError(_replaced(name))
+            raise self._refused(name)
 
     def _holds(self, name: str) -> bool:
         """Whether anything here derives from a data set of this name: a value, or what randomness will give."""
@@ -351,6 +351,11 @@ class WorkerSession:
         now are not theirs, so what derives from them stays."""
         identity = self.worker.catalogue.identity
         return frozenset([name for name, data in self.read.items() if identity(name) != data])
+
+    def _refused(self, name: str) -> PolicyError:
+        """Why something stays that derives from data which is gone; it is in the ledger."""
+        self.worker.gate.refuse(self.who, Label((name,)), _replaced(name))
+        return PolicyError(_replaced(name))
 
     def _mock(self, name: str) -> Mocked:
         """What an owner gives to whoever asks: no policy is asked, and it is no value of this session."""
@@ -374,7 +379,7 @@ class WorkerSession:
         if self.meter is None or not label:
             raise UsageError("these values derive from nobody's data: fetch them, there is nothing to ask")
         for name in sorted(self._gone().intersection(label.sources)):
-            raise PolicyError(_replaced(name))
+            raise self._refused(name)
         history = self.meter.history
         program = text(history.program(ids, self.store))
         if history.forgotten:
@@ -396,7 +401,7 @@ class WorkerSession:
         if self.meter is None or not names:
             raise UsageError("this program reads nothing that only programs may read: run it, there is nothing to ask")
         for name in sorted(self._gone().intersection(names)):
-            raise PolicyError(_replaced(name))
+            raise self._refused(name)
         return self.worker.gate.submit(self.who, names, self.submissions.of(program, ids), reason, runs)
 
     def _read_by(self, program: Program, ids: tuple[int, ...]) -> Label:
@@ -435,7 +440,7 @@ class WorkerSession:
         if self.halt.cause is not None:
             raise self.halt.cause
         for name in sorted(self._gone().intersection(names)):
-            raise PolicyError(_replaced(name))
+            raise self._refused(name)
         submission = self.submissions.of(program, message.inputs)
         approval = self.worker.gate.run(self.who, names, submission)
         return self.submissions.after(submission, message.inputs, approval)
@@ -455,7 +460,12 @@ class WorkerSession:
         opening = Opening(self.worker.gate, self.who, counts)
         found = [self._stays(ref, gone) or self._released(ref, opening, asked.get(ref)) for ref in ids]
         late = self._gone() - gone  # replaced while it was decided: by whose rules, nobody knows
-        return tuple([self._stays(ref, late) or item for ref, item in zip(ids, found, strict=True)] if late else found)
+        if late:
+            found = [self._stays(ref, late) or item for ref, item in zip(ids, found, strict=True)]
+        if gone or late:
+            for name in sorted({name for ref in ids for name in self.store.label(ref).sources} & (gone | late)):
+                self._refused(name)
+        return tuple(found)
 
     def _stays(self, ref: int, gone: frozenset[str]) -> Failure | None:
         """The refusal of a value that derives from data which is gone."""
