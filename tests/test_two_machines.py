@@ -172,7 +172,9 @@ def test_two_machines(world: World) -> None:
             text = "housecall worker add" + text
         if language == "bash" and "revoke" not in text:
             said += world.bash(host, text)
-    assert re.search(r"<dataset 'heart' at clinic: 200 records of x: float32\[3\], y: int64\[\] #heart>", said)
+    columns = r"x: float32\[3\], y: int64\[\]"
+    assert re.search(rf"<dataset 'heart' at clinic: 200 records of {columns} #heart, mock of 100>", said)
+    assert re.search(rf"<mock of 'heart' at clinic: 100 records of {columns}; none of them is real>", said)
     (loss,) = re.findall(r"^loss ([\d.]+)$", said, re.M)
     assert float(loss) < 0.6
     status = world.bash("clinic.example", "housecall worker status --folder clinic --json")
