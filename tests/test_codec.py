@@ -245,6 +245,7 @@ MESSAGES: tuple[Message, ...] = (
     Clear(),
     Open("heart"),
     Load("heart", (8, 9)),
+    Load("heart", (8,), 2**40, (Column("x", "float32", (13,)),)),
     Mock("heart"),
     Define(Program((Input("x", 1, TYPE, updates=True),), (CALL,), (("y", 6),), (("lr", 2),))),
     Run("5f" * 32, (1,), (8,), (0.5,)),

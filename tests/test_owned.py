@@ -230,6 +230,21 @@ def test_data_that_is_replaced_while_a_release_is_decided(clinic: hc.VirtualWork
         total.get()
 
 
+@pytest.mark.parametrize("columns", [{"x": X[:5], "y": Y[:5]}, {"x": X.double(), "y": Y}, {"x": X, "z": Y}])
+def test_data_that_was_replaced_between_search_and_use(clinic: hc.VirtualWorker, columns: Any) -> None:
+    found = clinic.dataset("heart")
+    clinic.add("heart", policy=OPEN, replace=True, **columns)
+    with pytest.raises(hc.OperatorError, match=r"was replaced since it was found: .* now; look it up anew"):
+        found.column("x").sum().get()
+    assert clinic.dataset("heart").column("x").sum().get() == columns["x"].sum()
+
+
+def test_data_of_the_same_schema_may_come_between_search_and_use(clinic: hc.VirtualWorker) -> None:
+    found = clinic.dataset("heart")
+    clinic.add("heart", x=X * 2, y=Y, policy=OPEN, replace=True)
+    assert found.column("x").sum().get() == X.sum() * 2
+
+
 def test_removed_data_is_gone_for_sessions_too(clinic: hc.VirtualWorker) -> None:
     total = clinic.dataset("heart").column("x").sum()
     clinic.session.wait()

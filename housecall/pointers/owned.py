@@ -87,8 +87,9 @@ class _Lent(Part):
         return self._columns
 
     def _load(self, session: Any) -> list[PointerTensor]:
-        slots = [Slot(session, spec(_whole(self._owned.count, column))) for column in self._owned.columns]
-        session.tell(Load(self._owned.name, tuple(slot.id for slot in slots)))
+        owned = self._owned
+        slots = [Slot(session, spec(_whole(owned.count, column))) for column in owned.columns]
+        session.tell(Load(owned.name, tuple(slot.id for slot in slots), owned.count, owned.columns))
         session.guarded = True
         return [point(PointerTensor, slot) for slot in slots]
 

@@ -153,6 +153,14 @@ class Clear(Struct, frozen=True, tag="clear", tag_field="t"):
     """Free every slot of this session."""
 
 
+class Column(Struct, frozen=True):
+    """A column of an owned data set: `shape` is of one record."""
+
+    name: str
+    dtype: str
+    shape: tuple[Count, ...]
+
+
 class Open(Struct, frozen=True, tag="open", tag_field="t"):
     """What is the worker's own data set of this name? Its schema, no values."""
 
@@ -161,10 +169,13 @@ class Open(Struct, frozen=True, tag="open", tag_field="t"):
 
 class Load(Struct, frozen=True, tag="load", tag_field="t"):
     """Bind the columns of one of the worker's own data sets to new ids, in the order of its schema. They can be read
-    and not be written."""
+    and not be written. `count` and `columns` are what was found, perhaps long ago: where they are given, and the data
+    set is another by now, nothing is bound."""
 
     name: str
     ids: tuple[int, ...]
+    count: Count = 0
+    columns: tuple[Column, ...] = ()
 
 
 class Mock(Struct, frozen=True, tag="mock", tag_field="t"):
@@ -257,14 +268,6 @@ class Info(Struct, frozen=True, tag="info", tag_field="t"):
     tensor: TensorType
     tags: tuple[str, ...]
     description: str
-
-
-class Column(Struct, frozen=True):
-    """A column of an owned data set: `shape` is of one record."""
-
-    name: str
-    dtype: str
-    shape: tuple[Count, ...]
 
 
 class Owned(Struct, frozen=True, tag="owned", tag_field="t"):

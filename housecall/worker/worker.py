@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator
 import msgspec
 import torch
 
-from ..errors import LimitError, PolicyError, ProgramError, UsageError
+from ..errors import DataError, LimitError, PolicyError, ProgramError, UsageError
 from ..program.call import HOLE, Call, Program, text
 from ..program.ops import operator
 from ..program.run import Randomness, computing, execute
@@ -116,6 +116,18 @@ def _described(owned: Owned) -> wire.Owned:
     """What a scientist may know of a data set."""
     columns = tuple(wire.Column(name, type_.dtype, type_.shape) for name, type_ in owned.columns.items())
     return wire.Owned(owned.name, columns, owned.count, owned.tags, owned.description, owned.unit, owned.mock)
+
+
+def _check_found(message: Load, columns: dict[str, torch.Tensor]) -> None:
+    """Refuse to bind what has another schema, or count, than was found: its caller would take it for what it is not."""
+    if message.count:
+        now = tuple([wire.Column(name, type_of(one).dtype, tuple(one.shape[1:])) for name, one in columns.items()])
+        count = len(next(iter(columns.values())))
+        if (message.count, message.columns) != (count, now):
+            raise DataError(
+                f"data set '{message.name}' was replaced since it was found: it has {count:,} records of "
+                f"{', '.join(column.name for column in now)} now; look it up anew"
+            )
 
 
 def _replaced(name: str) -> str:
@@ -285,8 +297,8 @@ class WorkerSession:
                 self._found(Found(self.store.search(tags, type_of), owned), results)
             case Open(name=name):
                 self._found(Found((), (_described(self.worker.catalogue.owned(name)),)), results)
-            case Load(name=name, ids=ids):
-                self._load(name, ids)
+            case Load():
+                self._load(message)
             case Mock(name=name):
                 results.append(self._mock(name))
             case Clear():
@@ -295,7 +307,8 @@ class WorkerSession:
             case Define(program=program):
                 self.plans.define(program)
 
-    def _load(self, name: str, ids: tuple[int, ...]) -> None:
+    def _load(self, message: Load) -> None:
+        name, ids = message.name, message.ids
         identity = self.worker.catalogue.identity(name)
         self._check_same(name, identity)  # before the new data's policy says what may be done with what bears the name
         self.uses.load(name)
@@ -307,6 +320,7 @@ class WorkerSession:
         if found != identity:
             raise self._refused(name)
         self.read[name] = found
+        _check_found(message, columns)
         if len(ids) != len(columns) or len(set(ids)) != len(ids):
             raise ProgramError(f"data set '{name}' has {len(columns)} columns; {len(ids)} ids were to be bound: {ids}")
         for ref in ids:
