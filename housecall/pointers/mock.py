@@ -58,7 +58,10 @@ def mock_of(owned: Owned, worker: str, mocked: Mocked) -> MockDataset:
     found = [(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape[1:])) for tensor in tensors if tensor.dim()]
     expected = [(column.dtype, column.shape) for column in owned.columns]
     if found != expected or len({len(tensor) for tensor in tensors}) != 1:
-        raise ProtocolError(f"worker '{worker}' gave a mock of '{owned.name}' that has not its schema: {found}")
+        raise ProtocolError(
+            f"worker '{worker}' gave a mock of '{owned.name}' that has not its schema: {found}. If the data set was "
+            "replaced since it was found, look it up anew"
+        )
     return MockDataset(owned.name, worker, {of.name: one for of, one in zip(owned.columns, tensors, strict=True)})
 
 
