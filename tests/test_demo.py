@@ -121,13 +121,13 @@ def test_ctrl_c_waits_for_the_end_of_a_frame() -> None:
         done.append(frame.number)
         return reply
 
-    worker.session.transport._handle = interrupted
+    worker._door.handle = interrupted
     x = torch.ones(2).send(worker)
     x += 1
     with pytest.raises(KeyboardInterrupt):
         x.copy().get()
     assert done == [1]
-    worker.session.transport._handle = handle
+    worker._door.handle = handle
     assert torch.equal(x.get(), torch.full((2,), 2.0))
 
 
