@@ -340,6 +340,36 @@ LATER: dict[str, tuple[list[Call], int | None, int, int]] = {
 CASES = [(*world, what) for world in WORLDS for what in LATER if world != WORLDS[0] or "trust" not in what]
 
 
+# Values that seem to be there for the taking, and are not: another call, an output or a view still reads them.
+REUSED: dict[str, tuple[list[Call], tuple[int, ...]]] = {
+    "read again": (
+        [call("add.Tensor", Ref(X), Ref(Y), outs=(10,)), call("relu.default", Ref(10), outs=(11,)),
+         call("mul.Tensor", Ref(10), Ref(11), outs=(12,))], (12,),
+    ),
+    "given out": ([call("neg.default", Ref(X), outs=(10,)), call("relu.default", Ref(10), outs=(11,))], (10, 11)),
+    "seen through a view": (
+        [call("neg.default", Ref(X), outs=(10,)), call("t.default", Ref(10), outs=(11,)),
+         call("relu.default", Ref(10), outs=(12,)), call("mul.Tensor", Ref(11), Ref(12), outs=(13,))], (13,),
+    ),
+    "both of its arguments": (
+        [call("neg.default", Ref(X), outs=(10,)),
+         call("threshold_backward.default", Ref(10), Ref(10), 0, outs=(11,))], (11,),
+    ),
+    "the input itself": ([call("relu.default", Ref(X), outs=(10,))], (10,)),
+    "a view of the input": (
+        [call("t.default", Ref(X), outs=(10,)), call("relu.default", Ref(10), outs=(11,))], (11,),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REUSED)
+@pytest.mark.parametrize(("limits", "private"), WORLDS)
+def test_what_is_not_free_is_not_written_over(limits: Limits, private: bool, what: str, log: Log) -> None:
+    calls, given_out = REUSED[what]
+    program = with_updates(Program(INPUTS, tuple(calls), tuple((f"o{ref}", ref) for ref in given_out), (("n", N),)))
+    agree(limits, private, program, [Round(x, 12, GOOD, 1.0, hears=True) for x in (11, 11, LENT, LENT, 13)], log)
+
+
 @pytest.mark.parametrize("hears", [False, True])
 @pytest.mark.parametrize(("limits", "private", "what"), CASES)
 def test_later_runs_that_fail_otherwise(limits: Limits, private: bool, what: str, hears: bool, log: Log) -> None:

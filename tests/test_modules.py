@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 
 import housecall as hc
+from housecall.worker.limits import Limits
 
 
 class ConvNet(nn.Module):
@@ -306,3 +310,228 @@ def test_clip_grad_norm(clinic: hc.VirtualWorker) -> None:
     found = torch.nn.utils.clip_grad_norm_(remote.parameters(), 0.1)
     assert torch.equal(found.get(), expected)
     assert_equal_models(remote.get(), local)
+
+
+# -- a module travels whole ------------------------------------------------------------------------------------
+
+
+class Counts(nn.Module):
+    """A buffer that no state_dict has, one that is not there, and a list of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("seen", torch.zeros(3), persistent=False)
+        self.register_buffer("absent", None)
+        self.scales = nn.ParameterList([torch.ones(3), torch.full((3,), 2.0)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add_(1)
+        return self.layer(x) * self.seen * self.scales[0] + self.scales[1]
+
+
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather have the new one
+        return nn.utils.weight_norm(nn.Linear(3, 3))
+
+
+def pruned() -> nn.Module:
+    layer = nn.Linear(3, 3)
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", amount=4)
+    return layer
+
+
+WHOLE: dict[str, Callable[[], nn.Module]] = {
+    "buffers and lists": Counts,
+    "weight norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+    "weight norm, as it was": old_weight_norm,
+    "orthogonal": lambda: torch.nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)),
+    "pruned": pruned,
+    "DataParallel, where there is no GPU": lambda: nn.DataParallel(nn.Linear(3, 3)),
+    "tied": lambda: tied(),
+}
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_module_travels_whole(name: str, clinic: hc.VirtualWorker) -> None:
+    if name.startswith("DataParallel") and torch.cuda.is_available():
+        pytest.skip("it wants its parameters on a GPU, and says so")
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(WHOLE[name]())
+    local, remote = models
+    keys, kept = list(local.state_dict()), [id(p) for p in remote.parameters()]
+    x = torch.randn(4, 3)
+    for _ in range(2):
+        expected = local(x).square().sum()
+        expected.backward()
+        found = remote.send(clinic)(x.send(clinic)).square().sum()
+        found.backward()
+        assert torch.equal(found.get(), expected)
+        remote.get()
+        assert list(remote.state_dict()) == keys
+        assert [id(p) for p in remote.parameters()] == kept
+        assert_equal_models(remote, local)
+        for (name, one), (_, other) in zip(remote.named_buffers(), local.named_buffers(), strict=True):
+            assert torch.equal(one, other), name
+    assert torch.equal(remote(x), local(x))
+
+
+def test_hooks_of_a_module_get_pointers(clinic: hc.VirtualWorker) -> None:
+    model, called = nn.Linear(3, 2), []
+    model.register_forward_pre_hook(lambda module, inputs: called.append(type(inputs[0])))
+    model.register_forward_hook(lambda module, inputs, output: called.append(type(output)))
+    model.register_full_backward_hook(lambda module, inward, outward: called.append(type(outward[0])))
+    model.send(clinic)
+    model(torch.ones(2, 3).send(clinic).requires_grad_()).sum().backward()
+    assert called == [hc.PointerTensor] * 3
+    model.get()
+
+
+HINDERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "lazy": (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3)), "run it once at home first"),
+    "lazy buffers": (lambda: nn.Sequential(nn.Linear(2, 2), nn.LazyBatchNorm1d(affine=False)), "run it once at home"),
+    "hooks of a parameter": (lambda: hooked(), "remove them first"),
+    "sparse": (lambda: sparse(), r"to_dense\(\)"),
+    "meta": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")), "no values to send"),
+}
+
+
+def hooked() -> nn.Module:
+    model = nn.Sequential(nn.LSTM(2, 2), nn.Linear(2, 2))
+    model[1].weight.register_hook(lambda grad: grad)
+    return model
+
+
+def sparse() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    return model
+
+
+@pytest.mark.parametrize("name", HINDERED)
+def test_a_module_that_cannot_travel_stays_as_it_is(name: str, clinic: hc.VirtualWorker) -> None:
+    make, text = HINDERED[name]
+    model = make()
+    attributes = [set(part.__dict__) for part in model.modules()]
+    with pytest.raises(hc.UsageError, match=text):
+        model.send(clinic)
+    assert not any(isinstance(tensor, hc.PointerTensor) for tensor in (*model.parameters(), *model.buffers()))
+    assert attributes == [set(part.__dict__) for part in model.modules()]
+    gc.collect()
+    assert clinic._objects == {}
+
+
+# -- modules that are helped while they are away: `adapted` ------------------------------------------------------
+
+
+def guarded() -> hc.VirtualWorker:
+    """A worker that holds its session to limits, as remote ones do."""
+    made = hc.VirtualWorker(id="clinic")
+    made.worker.limits = Limits()
+    made._door._begin_metering()
+    made.session.guarded = True
+    return made
+
+
+def first(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result
+
+
+ADAPTED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "LSTM": (lambda: nn.LSTM(3, 4, num_layers=2, batch_first=True), (2, 5, 3)),
+    "LSTM with projection": (lambda: nn.LSTM(3, 4, proj_size=2), (5, 2, 3)),
+    "LSTM without batches": (lambda: nn.LSTM(3, 4, bidirectional=True), (5, 3)),
+    "GRU": (lambda: nn.GRU(3, 4, bidirectional=True), (5, 2, 3)),
+    "RNN": (lambda: nn.RNN(3, 4), (5, 2, 3)),
+    "GRUCell": (lambda: nn.GRUCell(3, 4), (2, 3)),
+    "LSTMCell": (lambda: nn.LSTMCell(3, 4), (2, 3)),
+    "MultiheadAttention": (lambda: Itself(nn.MultiheadAttention(4, 2, batch_first=True)), (2, 5, 4)),
+    "TransformerEncoderLayer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), (2, 5, 4)),
+    "TransformerEncoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2), (2, 5, 4),
+    ),
+    "TransformerDecoderLayer": (lambda: Itself(nn.TransformerDecoderLayer(4, 2, 8, batch_first=True), 2), (2, 5, 4)),
+}  # fmt: skip
+
+
+class Itself(nn.Module):
+    """Gives a module its input several times."""
+
+    def __init__(self, inner: nn.Module, times: int = 3) -> None:
+        super().__init__()
+        self.inner, self.times = inner, times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(*[x] * self.times)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("place", ["direct", "guarded"])
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapted_modules_equal_local_and_show_no_trace_of_it(name: str, place: str, training: bool) -> None:
+    make, shape = ADAPTED[name]
+    torch.manual_seed(0)
+    local = make().train(training)
+    remote, x = copy.deepcopy(local), torch.randn(shape)
+    worker = guarded() if place == "guarded" else hc.VirtualWorker(id="clinic")
+    with torch.set_grad_enabled(training):
+        torch.manual_seed(1)
+        expected = first(local(x))
+        torch.manual_seed(1)
+        found = first(remote.send(worker)(x.send(worker)))
+        assert list(remote.state_dict()) == list(local.state_dict())
+        twin = copy.deepcopy(remote)
+        if training:
+            expected.sum().backward()
+            found.sum().backward()
+        torch.testing.assert_close(found.get(), expected)
+        assert worker.session.failures == 0
+    for model in (remote.get(), twin.get()):
+        for name, p in model.named_parameters():
+            assert torch.equal(p, local.get_parameter(name))
+        for part, kept in zip(model.modules(), local.modules(), strict=True):
+            assert set(part.__dict__) == set(kept.__dict__)
+            assert not part._forward_pre_hooks
+            assert not part._forward_pre_hooks_with_kwargs
+            assert getattr(part, "use_nested_tensor", None) == getattr(kept, "use_nested_tensor", None)
+    if training:
+        assert_equal_models(remote, local, exact=False)
+    again = pickle.loads(pickle.dumps(remote))
+    torch.testing.assert_close(first(again.eval()(x)), first(local.eval()(x)))
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch._C._get_mkldnn_enabled()
+
+
+def test_a_forward_of_ones_own_stays(clinic: hc.VirtualWorker) -> None:
+    model = nn.LSTM(3, 4)
+    mine = model.forward
+    model.forward = mine  # type: ignore[method-assign]  # as some do
+    assert model.send(clinic).forward is mine
+    assert model.get().forward is mine
+
+
+def test_packed_sequences_and_their_limits(clinic: hc.VirtualWorker) -> None:
+    torch.manual_seed(0)
+    local = nn.GRU(3, 4, batch_first=True)
+    remote, x = copy.deepcopy(local).send(clinic), torch.randn(2, 5, 3)
+    pack = torch.nn.utils.rnn.pack_padded_sequence
+    expected, last = local(pack(x, [5, 3], batch_first=True))
+    found, there = remote(pack(x.send(clinic), [5, 3], batch_first=True))
+    assert torch.equal(found.data.copy().get(), expected.data)
+    assert torch.equal(there.get(), last)
+    with pytest.raises(hc.UsageError, match="give them as a list or a local tensor"):
+        pack(x.send(clinic), torch.tensor([5, 3]).send(clinic), batch_first=True)
+    with pytest.raises(hc.PlaceError):
+        pack(x.send(clinic), [3, 5], batch_first=True, enforce_sorted=False)
+    with pytest.raises(hc.PlaceError):
+        torch.nn.utils.rnn.pad_packed_sequence(found, batch_first=True)
