@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from .pointers.record import Recorded as Recorded
     from .pointers.record import record as record
     from .pointers.record import run_program as run_program
+    from .pointers.record import submit_program as submit_program
     from .pointers.tensor import PointerTensor as PointerTensor
     from .pointers.tensor import send as send
     from .program.call import Call as Call
@@ -118,6 +119,7 @@ _HOME = {
     "record": "pointers.record",
     "run_program": "pointers.record",
     "send": "pointers.tensor",
+    "submit_program": "pointers.record",
 }
 
 # For `from housecall import datasets, transforms`, as scripts have it from torchvision.

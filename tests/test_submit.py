@@ -312,6 +312,17 @@ def test_submitting_is_refused_by_name() -> None:
     assert "could misread that name" in refused(lambda: named.submit({"x) {": x}, reason="why"))
 
 
+def test_a_program_of_a_file_is_submitted_too(clinic: hc.VirtualWorker, tmp_path: Path) -> None:
+    hc.record(lambda x, scale: (x * scale).sum(0), X, torch.ones(3)).save(tmp_path / "sum.program")
+    loaded = hc.load_program(tmp_path / "sum.program")
+    given = {"x": clinic.dataset("heart").column("x"), "scale": torch.full((3,), 2.0).send(clinic)}
+    answer = hc.submit_program(loaded, given, reason="a file")
+    clinic.owner.approve(answer.id, release=True)
+    (result,) = hc.run_program(loaded, given).values()
+    assert torch.allclose(result.get(), 2 * X.sum(0))
+    assert "missing ['x']" in refused(lambda: hc.submit_program(loaded, {"scale": given["scale"]}, reason="a file"))
+
+
 def test_a_wait_for_an_answer(study: Study) -> None:
     answer = study.submit()
     with pytest.raises(TimeoutError):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,11 @@ from ..wire.messages import Run
 from .calls import point
 from .optimizer import follow
 from .recording import Effect, Given, Place, Plain, Recording, recording_of, settings_of, spec_of, state_of
-from .request import OwnersAnswer, submit_program
+from .request import OwnersAnswer, ask_to_run
 from .session import Slot
 from .tensor import PointerTensor
 
-__all__ = ["Recorded", "record", "run_program"]
+__all__ = ["Recorded", "record", "run_program", "submit_program"]
 
 _MOST = 256  # recordings of one function: beyond, the oldest is forgotten
 _Where = tuple[int, int | str]  # a call's number, and which of its arguments
@@ -121,7 +121,7 @@ class Recorded:
         given = self._given(args, kwargs)
         variant = self._latest = self._variant(given)
         slots = _slots(variant.recording, given)
-        return submit_program(slots[0].session, variant.program, variant.digest, slots, reason, runs)
+        return ask_to_run(slots[0].session, variant.program, variant.digest, slots, reason, runs)
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         given = Given()
@@ -395,12 +395,31 @@ def run_program(
     """Run a program, as `load_program` gave it, on pointers by name; its outputs by name. Inputs that it updates are
     changed in place. Raises `UsageError` for what is missing or has another type, `PlaceError` for two places."""
     numbers = numbers or {}
+    slots = _slots_by_name(program, inputs, numbers.keys())
+    types = type_program(program)
+    session = slots[0].session
+    for _ in range(sum(operator(call.op).random for call in program.calls)):
+        session.seed()
+    outs = [Slot(session, spec(types[name])) for name, _ in program.outputs]
+    _send(program, program.digest, tuple([float(numbers[name]) for name, _ in program.numbers]), slots, outs)
+    return {name: point(PointerTensor, out) for (name, _), out in zip(program.outputs, outs, strict=True)}
+
+
+def submit_program(
+    program: Program, inputs: Mapping[str, PointerTensor], *, reason: str, runs: int = 1
+) -> OwnersAnswer:
+    """Ask the owner of the data among these inputs to let a program run on them, `runs` times: `Recorded.submit` for
+    one that `load_program` gave. Raises as `run_program` does, and `PolicyError` if no approval could permit it."""
+    slots = _slots_by_name(program, inputs, [name for name, _ in program.numbers])
+    return ask_to_run(slots[0].session, program, program.digest, slots, reason, runs)
+
+
+def _slots_by_name(program: Program, inputs: Mapping[str, PointerTensor], numbers: Iterable[str]) -> list[Slot]:
+    """The slots of a program's inputs, in their order, all of one session."""
+    given = inputs.keys() | set(numbers)
     wanted = {*(item.name for item in program.inputs), *(name for name, _ in program.numbers)}
-    if wanted != inputs.keys() | numbers.keys():
-        missing, other = (
-            sorted(wanted - inputs.keys() - numbers.keys()),
-            sorted((inputs.keys() | numbers.keys()) - wanted),
-        )
+    if wanted != given:
+        missing, other = sorted(wanted - given), sorted(given - wanted)
         raise UsageError(f"the program's inputs are {', '.join(sorted(wanted))}; missing {missing}, not known {other}")
     slots: list[Slot] = []
     for item in program.inputs:
@@ -416,13 +435,7 @@ def run_program(
         slots.append(pointer._slot)
     if not slots:
         raise UsageError("a program without inputs has no worker to run at")
-    types = type_program(program)
-    session = slots[0].session
-    for _ in range(sum(operator(call.op).random for call in program.calls)):
-        session.seed()
-    outs = [Slot(session, spec(types[name])) for name, _ in program.outputs]
-    _send(program, program.digest, tuple([float(numbers[name]) for name, _ in program.numbers]), slots, outs)
-    return {name: point(PointerTensor, out) for (name, _), out in zip(program.outputs, outs, strict=True)}
+    return slots
 
 
 # -- the function -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ..wire.messages import Define, Requested, Status, Submit
 from ..wire.messages import Request as Ask
 from .session import Session, Slot
 
-__all__ = ["OwnersAnswer", "ask_owner", "submit_program"]
+__all__ = ["OwnersAnswer", "ask_owner", "ask_to_run"]
 
 
 class OwnersAnswer:
@@ -76,7 +76,7 @@ def ask_owner(session: Session, slots: Iterable[Slot], reason: str) -> OwnersAns
     return OwnersAnswer(session, said)
 
 
-def submit_program(
+def ask_to_run(
     session: Session, program: Program, digest: str, slots: Iterable[Slot], reason: str, runs: int
 ) -> OwnersAnswer:
     """Ask to let a program run on these slots. Raises as `ask_owner` does."""
