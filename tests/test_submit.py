@@ -323,6 +323,27 @@ def test_a_program_of_a_file_is_submitted_too(clinic: hc.VirtualWorker, tmp_path
     assert "missing ['x']" in refused(lambda: hc.submit_program(loaded, {"scale": given["scale"]}, reason="a file"))
 
 
+def test_a_data_set_is_an_argument_and_so_is_its_mock(clinic: hc.VirtualWorker) -> None:
+    clinic.add("lungs", x=X.clone(), y=Y.clone(), mock=hc.Fakes(records=7), policy=ASKED)
+    clinic.add("bones", x=X.clone(), mock=hc.Fakes(records=7), policy=ASKED)
+    lungs, bones = clinic.dataset("lungs"), clinic.dataset("bones")
+
+    def mean(records: Any, scale: torch.Tensor) -> torch.Tensor:
+        x, y = records
+        return (x * y.unsqueeze(1)).mean(0) * scale
+
+    scale = torch.ones(3)
+    step = hc.record(mean, lungs.mock(), scale)
+    assert mean(lungs.mock()[:], scale).shape == (3,)  # the same function, at home
+    remote = scale.send(clinic)
+    clinic.owner.approve(step.submit(lungs, remote, reason="a mean").id, release=True)
+    assert torch.allclose(step(lungs, remote).get(), (X * Y.unsqueeze(1)).mean(0))
+    total = hc.record(lambda x: x.sum(0), bones.mock())
+    clinic.owner.approve(total.submit(x=bones, reason="a sum").id, release=True)
+    assert torch.equal(total(x=bones).get(), X.sum(0))
+    assert "at one worker" in refused(lambda: total(bones + lungs))
+
+
 def test_a_wait_for_an_answer(study: Study) -> None:
     answer = study.submit()
     with pytest.raises(TimeoutError):

@@ -100,25 +100,25 @@ def on_training(heart: Any, westside: Any) -> list[Attempt]:
 
 def on_approval(heart: Any, westside: Any) -> Iterator[tuple[str, str]]:
     """More than was approved. The owner approves one training; the second request she denies."""
-    x, y = heart.column("x"), heart.column("y")
     model = nn.Linear(len(COLUMNS), 1)
-    step = hc.record(training(model), model, x, y)
+    step = hc.record(training(model), model, heart)
     model.send(westside)
-    step.submit(model, x, y, reason="a regression").wait(timeout=600, every=0.2)
-    step(model, x, y)
+    step.submit(model, heart, reason="a regression").wait(timeout=600, every=0.2)
+    step(model, heart)
     westside.session.wait()
 
     def again() -> Any:
-        step(model, x, y)
+        step(model, heart)
         westside.session.wait()
 
     def its_weight() -> Any:
-        return hc.record(lambda weight, x: x @ weight.t(), model.weight.detach(), x)(model.weight.detach(), x).get()
+        x, weight = heart.column("x"), model.weight.detach()
+        return hc.record(lambda weight, x: x @ weight.t(), weight, x)(weight, x).get()
 
     yield "the same training once more", told(again)
     yield "the approved model, by pointers", told(lambda: (model.weight * 1).get())
     yield "each patient's risk, by the approved model", told(its_weight)
-    second = step.submit(model, x, y, reason="and the same again, improved")
+    second = step.submit(model, heart, reason="and the same again, improved")
     yield "a second request", told(lambda: second.wait(timeout=600, every=0.2)).replace(second.id, "ID")
 
 

@@ -46,11 +46,12 @@ class Story(NamedTuple):
     ledgers: dict[str, list[Sealed]]  # by hospital, verified
 
 
-def training(model: nn.Module) -> Callable[[nn.Module, torch.Tensor, torch.Tensor], None]:
+def training(model: nn.Module) -> Callable[[nn.Module, Table], None]:
     """The article's loop on all records at once. Nothing of it is picked by whoever runs it, but where it begins."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
 
-    def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    def train(model: nn.Module, records: Table) -> None:
+        x, y = records
         for _ in range(STEPS):
             optimizer.zero_grad()
             F.binary_cross_entropy_with_logits(model(x).squeeze(1), y).backward()
@@ -62,14 +63,14 @@ def training(model: nn.Module) -> Callable[[nn.Module, torch.Tensor, torch.Tenso
 
 def rehearsed(start: nn.Module, mock: Any) -> tuple[float, float]:
     """The loss on a mock before and after training: that it runs is what she learns from it."""
-    model, x, y = copy.deepcopy(start), mock.column("x"), mock.column("y")
+    model, (x, y) = copy.deepcopy(start), mock[:]
 
     def loss() -> float:
         with torch.no_grad():
             return float(F.binary_cross_entropy_with_logits(model(x).squeeze(1), y))
 
     before = loss()
-    training(model)(model, x, y)
+    training(model)(model, (x, y))
     return before, loss()
 
 
@@ -115,19 +116,16 @@ def story(cluster: hc.LocalCluster, rows: Table) -> Story:
     runs, asked, models, refused_run = {}, {}, {}, ""
     for hospital in cluster:
         heart, model = found[hospital.id], copy.deepcopy(start)
-        step = hc.record(training(model), model, mock.column("x"), mock.column("y"))
+        step = runs[hospital.id] = hc.record(training(model), model, mock)
         models[hospital.id] = model.send(hospital)
-        arguments = model, heart.column("x"), heart.column("y")
-        runs[hospital.id] = step, arguments
-        refused_run = refused(lambda step=step, at=hospital, given=arguments: (step(*given), at.session.wait()))
-        asked[hospital.id] = step.submit(*arguments, reason=WHY)
-    program = runs["westside"][0].program
+        refused_run = refused(lambda step=step, given=(model, heart), at=hospital: (step(*given), at.session.wait()))
+        asked[hospital.id] = step.submit(model, heart, reason=WHY)
+    program = runs["westside"].program
     print(f"her program, of {len(program.calls)} operations, is submitted to both\n")
 
     for name, answer in asked.items():
         answer.wait(timeout=600, every=0.2)
-        step, arguments = runs[name]
-        step(*arguments)  # one message: it runs there, once, as it was read
+        runs[name](models[name], found[name])  # one message: it runs there, once, as it was read
         models[name].get()
         print(f"{name}: approved, run, and home")
 

@@ -37,6 +37,8 @@ from ..program.run import type_program
 from ..types import Ref
 from ..wire.messages import Run
 from .calls import point
+from .data import FederatedDataset
+from .mock import MockDataset
 from .optimizer import follow
 from .recording import Effect, Given, Place, Plain, Recording, recording_of, settings_of, spec_of, state_of
 from .request import OwnersAnswer, ask_to_run
@@ -51,8 +53,9 @@ _Where = tuple[int, int | str]  # a call's number, and which of its arguments
 
 def record(fn: Callable[..., Any], *examples: Any) -> Recorded:
     """Record the pointer operations of `fn`, run once on `examples`: pointers, mocks, local tensors, tensors on the
-    device "meta", `TensorType`s, modules, plain values, and lists, tuples and dicts of these. Nothing is computed, and
-    the examples are afterwards what they were.
+    device "meta", `TensorType`s, modules, plain values, and lists, tuples and dicts of these. A data set of one worker,
+    or a mock, is given to it as one batch of all its records. Nothing is computed, and the examples are afterwards what
+    they were.
 
     Raises `UsageError` where the function needs a value, with the line; and for a tensor that is no argument."""
     recorded = Recorded(fn)
@@ -125,10 +128,10 @@ class Recorded:
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         given = Given()
-        given.args = tuple([given.add(self._names(at), arg) for at, arg in enumerate(args)])
+        given.args = tuple([given.add(self._names(at), _records(arg)) for at, arg in enumerate(args)])
         if kwargs:
             given.parts.append(tuple(kwargs))
-            given.kwargs = {name: given.add(name, arg) for name, arg in kwargs.items()}
+            given.kwargs = {name: given.add(name, _records(arg)) for name, arg in kwargs.items()}
         for name, module in self._modules:
             given.add(name, module)
         return given
@@ -436,6 +439,17 @@ def _slots_by_name(program: Program, inputs: Mapping[str, PointerTensor], number
     if not slots:
         raise UsageError("a program without inputs has no worker to run at")
     return slots
+
+
+def _records(value: Any) -> Any:
+    """A data set as a function takes it: all its records as one batch. Anything else as it is."""
+    if isinstance(value, FederatedDataset):
+        if len(value.parts) != 1:
+            raise UsageError(f"a program runs at one worker, and this data set has parts at {len(value.parts)}")
+        return tree_unflatten(value.parts[0].columns, value.parts[0].structure)
+    if isinstance(value, MockDataset):
+        return value.tensors if len(value.tensors) > 1 else value.tensors[0]
+    return value
 
 
 # -- the function -----------------------------------------------------------------------------------------
