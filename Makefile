@@ -1,4 +1,4 @@
-# Everything lives in .venv/, made on first use by whichever target needs it and remade when the constraints change.
+# Everything lives in .venv/, made on first use by whichever target needs it, and brought up to date when the constraints change.
 # Once made, nothing here needs the network.
 
 PYTHON ?= python3
@@ -13,7 +13,8 @@ help:            ## what there is
 
 setup: $(READY)  ## make .venv with everything in it
 
-# torch comes first and alone, by the exact pin of the constraints: an open range would bring gigabytes of CUDA.
+# torch comes first and alone, by the exact pin of the constraints: whichever build of that the index has (for a CPU alone, or
+# gigabytes with CUDA: both will do), no other is fetched beside it.
 $(READY): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
