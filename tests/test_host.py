@@ -298,6 +298,23 @@ def test_a_stream_that_breaks_gives_back_what_came_in_part(waiting: Waiting) -> 
     host.close()
 
 
+@pytest.mark.parametrize("breach", ["number", "acknowledgement", "twice"])
+def test_whatever_becomes_of_a_frame_its_room_comes_back(waiting: Waiting, breach: str) -> None:
+    host = a_host(waiting)
+    waiting.go(1000)
+    stream = Stream(host, "mallory")
+    frame = put(2 if breach == "number" else 1, 3 * MB)
+    stream.send(*packed(frame).packets(7 if breach == "acknowledgement" else 0))
+    if breach == "twice":
+        stream.send(*packed(frame).packets(0))
+        until(lambda: host.counters["bytes_in"] > 6 * MB)
+    else:
+        assert stream.last().code == "protocol"
+    stream.hang_up()
+    until(lambda: not host.blobs.used and not host.heads.used)
+    host.close()
+
+
 # -- ends -------------------------------------------------------------------------------------------------
 
 

@@ -182,9 +182,9 @@ class Host:
         begun, frame = arrived
         self.counters["bytes_in"] += arrival.assembler.nbytes
         with seat.changed:
-            claim = arrival.whole()
             seat.line.acknowledge(begun.acknowledged)
             fresh = seat.line.accept(begun.number) and seat.end is None
+            claim = arrival.whole()  # what has raised before this leaves it to `forget`
             if fresh:
                 self.counters["frames"] += 1
                 self.counters["messages"] += len(frame.messages)
