@@ -409,6 +409,25 @@ def test_closing_does_not_wait_for_ever_for_an_operation(waiting: Waiting, monke
     assert host.turns.close(PATIENCE)
 
 
+def test_who_goes_on_sending_does_not_hold_up_the_end(waiting: Waiting) -> None:
+    host = a_host(waiting)
+    alice = Stream(host, "alice")
+    alice.frame(Frame(1, (Drop((1,)),)))
+    assert waiting.begun.wait(PATIENCE)
+    drained: list[bool] = []
+    drain = beside(lambda: drained.append(host.drain(PATIENCE)))
+    until(lambda: host._draining)
+    alice.frame(put(2, 3 * MB))
+    until(lambda: host.blobs.used == 3 * MB)
+    waiting.go(1000)
+    assert [read_control(one).code for one in alice.rest()[1:]] == ["draining"]  # type: ignore[union-attr]
+    alice.hang_up()
+    drain.join(PATIENCE)
+    assert drained == [True]
+    assert waiting.done == [("alice", 1)]
+    until(lambda: not host.blobs.used)
+
+
 def test_what_is_cut_at_the_end_is_said(waiting: Waiting, caplog: pytest.LogCaptureFixture) -> None:
     host = a_host(waiting)
     alice = StreamTransport(memory_dial(host, "alice"), name="clinic")

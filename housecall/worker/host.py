@@ -179,6 +179,10 @@ class Host:
                 raise _Refusal.of(revoked())
             case "ended":
                 raise _Over
+        if self._draining:  # what came before is done; this waits for the end, and is not
+            with seat.changed:
+                seat.changed.wait_for(lambda: not arrival.goes_on())
+            raise _Over
         begun, frame = arrived
         self.counters["bytes_in"] += arrival.assembler.nbytes
         with seat.changed:
@@ -323,7 +327,8 @@ class Host:
     # -- the end ------------------------------------------------------------------------------------------
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Take no new sessions, do what has come, tell everybody; whether all was done within `timeout` seconds."""
+        """Take no new sessions and frames, do what has come, tell everybody; whether all was done within `timeout`
+        seconds."""
         with self._lock:
             self._draining = True
         done = self.turns.wait_idle(timeout)
