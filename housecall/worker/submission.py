@@ -180,8 +180,10 @@ class Submissions:
         return origin if self._store.cells.get(ref) is cell and cell.writes == writes else None
 
     def of(self, program: Program, refs: tuple[int, ...]) -> Submission:
-        """A program on these slots. Raises `ProgramError` for slots of other types than its inputs."""
+        """A program on these slots. Raises `ProgramError` for slots of other types than its inputs, and for one memory
+        where it says two."""
         self._check_types(program, refs)
+        self._check_apart(program, refs)
         sources = tuple([self._source(ref) for ref in refs])
         for digest in dict.fromkeys(source[1] for source in sources if source[0] == "made"):
             known = self._known.get(digest)
@@ -221,6 +223,15 @@ class Submissions:
             if spec is None or (spec.type.dtype, spec.type.shape) != (item.type.dtype, item.type.shape):
                 found = "no value of this session" if spec is None else f"a {spec.type}"
                 raise ProgramError(f"input '{item.name}' is {found}, expected a {item.type}")
+
+    def _check_apart(self, program: Program, refs: tuple[int, ...]) -> None:
+        """What is written to one input is not to change another: nobody could read that."""
+        cells = [self._store.cells[ref] for ref in refs]
+        for at, item in enumerate(program.inputs):
+            if item.updates and cells.count(cells[at]) > 1:
+                raise ProgramError(
+                    f"input '{item.name}' is updated, and shares its memory with another: clone it first"
+                )
 
     def _source(self, ref: int) -> Source:
         cell = self._store.cells[ref]

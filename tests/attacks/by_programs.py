@@ -182,6 +182,19 @@ def attack_brings_one_row_where_six_were_read(world: World) -> Any:
     return left(world, mean, 1, 6)
 
 
+@programs_only("apart")
+def attack_gives_one_tensor_for_two(world: World) -> Any:
+    """Read: what is taken is times a mask, and the mask is what she brought. It is overwritten before."""
+    masked = program(
+        Call("add_.Tensor", (Ref(2), X), {}, ()),
+        call("mul.Tensor", X, Ref(3)),
+        inputs=(Input("a", 1, MATRIX), Input("sum", 2, MATRIX, updates=True), Input("mask", 3, MATRIX)),
+    )
+    world.done(Put(5, share(torch.zeros(6, 4))), Put(6, share(torch.zeros(6, 4))))
+    approved(world, masked, 1, 5, 6, release=True)
+    return left(world, masked, 1, 5, 5)
+
+
 @programs_only("columns by binding")
 def attack_binds_another_value_under_a_columns_id(world: World) -> Any:
     approved(world, TWICE)

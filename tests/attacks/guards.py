@@ -281,6 +281,7 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "accepted": (patch.object(Gate, "run", lambda *args: None),),
     "sources": (patch.object(Submissions, "_source", lambda self, ref: BROUGHT),),
     "types": (patch.object(Submissions, "_check_types", lambda *args: None),),
+    "apart": (patch.object(Submissions, "_check_apart", lambda *args: None),),
     "columns by binding": (patch.object(Submissions, "_source", _source_by_id),),
     "text that was read": (
         patch.object(Request, "shown", property(lambda self: "")),
