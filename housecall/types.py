@@ -120,6 +120,9 @@ class Transport(Protocol):
     def start(self) -> None:
         """Let what was sent run now, beside the caller: she is about to wait for another worker."""
 
+    def wait(self) -> None:
+        """Wait until `receive` need not; Ctrl-C may end that, and nothing is lost. Raises `WorkerGone` like it."""
+
     def receive(self) -> Any:
         """Wait for the reply to the oldest frame not yet answered, and return it.
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn, optim
 
 import housecall as hc
+from housecall.testing import World
 from housecall.transport.memory import MemoryTransport
 
 HERE = os.path.dirname(hc.__file__) + os.sep
@@ -187,6 +188,36 @@ def test_ctrl_c_anywhere(name: str) -> None:
         at += stride
     assert struck > 10
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+FAR: dict[str, Callable[[Any, Any], object]] = {
+    "get": lambda x, model: (x * 2).get(),
+    "wait": lambda x, model: (x * 2, x.location.session.wait()),
+    "a module is fetched": lambda x, model: model.send(x.location).get(),
+}
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_ctrl_c_at_a_worker_elsewhere(name: str) -> None:
+    """Its stream breaks if it must, and the session resumes."""
+    came, at = True, 1
+    while came:
+        with World() as world:
+            x: Any = X.send(world.worker)  # type: ignore[attr-defined]  # the hook's
+            model: Any = nn.Linear(2, 2)
+            expected = copy.deepcopy(model)
+            came = Interrupt(at).during(lambda: FAR[name](x, model))  # noqa: B023  # called here
+            world.worker.session.wait()
+            assert torch.equal((x * 3).get(), X * 3)
+            if hc.location_of(model) is not None:
+                model.get()
+            assert torch.equal(model.weight, expected.weight)
+            del x, model
+            gc.collect(0)
+            world.worker.session.wait()
+            assert not world.worker.session.busy
+        at += 29
+    assert at > 200
 
 
 @pytest.mark.parametrize("operation", ["send", "receive", "start"])

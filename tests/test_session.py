@@ -51,6 +51,9 @@ class Counting:
     def start(self) -> None:
         self.transport.start()
 
+    def wait(self) -> None:
+        self.transport.wait()
+
     def receive(self) -> Reply:
         self.received += 1
         return self.transport.receive()

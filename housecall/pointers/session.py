@@ -31,7 +31,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from types import CodeType
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -538,9 +538,11 @@ class Session:
             if self._sites:
                 self.waits += 1
             while self._sites:
-                reply = self._received()
-                results.extend(reply.results)
-                unnoticed.extend(self._settle(reply))
+                self._unless_gone(self.transport.wait)
+                with whole():  # a reply that has come is taken note of
+                    reply: Reply = self._unless_gone(self.transport.receive)
+                    results.extend(reply.results)
+                    unnoticed.extend(self._settle(reply))
             return results, unnoticed
 
     def fetch(self, slots: Iterable[Slot]) -> list[torch.Tensor]:
@@ -652,10 +654,9 @@ class Session:
                 finally:
                     self.lock.release()
 
-    def _received(self) -> Reply:
+    def _unless_gone(self, act: Callable[[], Any]) -> Any:
         try:
-            reply: Reply = self.transport.receive()
-            return reply
+            return act()
         except WorkerGone as error:
             raise self._gone(error) from None
 

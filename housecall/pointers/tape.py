@@ -40,8 +40,11 @@ class _Nowhere:
     def start(self) -> None:
         """Nothing is under way."""
 
-    def receive(self) -> Any:
+    def wait(self) -> None:
         """Never called: a tape does not wait."""
+
+    def receive(self) -> Any:
+        """Never called, as well."""
 
     def close(self) -> None:
         """Nothing is open."""

@@ -75,6 +75,9 @@ class MemoryTransport:
             _background.add(self._thread)
             self._thread.start()
 
+    def wait(self) -> None:
+        """Nothing to do: what is received runs then."""
+
     def receive(self) -> Reply:
         """The next reply; runs frames on this thread until there is one."""
         if not self._owed:

@@ -28,6 +28,7 @@ from ..wire.messages import Ack, Bye, Frame, Hello, Refused, Reply, Welcome
 from ..wire.packets import control, read_control
 from .line import Line
 from .parcel import Assembler, is_control, packed
+from .whole import whole
 
 __all__ = ["PROTOCOL", "Dial", "Link", "LinkLost", "StreamTransport"]
 
@@ -112,13 +113,17 @@ class StreamTransport:
     def start(self) -> None:
         """Nothing to do: what was sent runs at the worker."""
 
-    def receive(self) -> Reply:
-        """The next reply."""
+    def wait(self) -> None:
+        """Read until there is a reply."""
         if not self._owed:
             raise WorkerGone(f"worker '{self.name}' owes no reply")
         while not self._replies:
             self._check_open()
             self._read()
+
+    def receive(self) -> Reply:
+        """The next reply."""
+        self.wait()
         self._owed -= 1
         return self._replies.popleft()
 
@@ -144,17 +149,16 @@ class StreamTransport:
             return
         try:
             packet = next(link)
+            with whole():  # what has come is taken as a whole
+                self._take(packet)
         except (LinkLost, StopIteration) as loss:
             self._resume(str(loss) or "the stream ended")
-            return
-        except BaseException:  # Ctrl-C in the middle of a read: the stream cannot go on, the session can
-            self._give_up_link()
-            raise
-        try:
-            self._take(packet)
         except ProtocolError as error:
             self._lose(f"broke the protocol: {error}")
             self._check_open()
+        except BaseException:  # Ctrl-C in the middle of a read: the stream cannot go on, the session can
+            self._give_up_link()
+            raise
 
     def _take(self, packet: bytes) -> None:
         if is_control(packet):
