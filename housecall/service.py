@@ -90,7 +90,7 @@ class Service:
         self.ended = False  # whether nothing runs any more
         self._keeper: Keeper | None = None
         self._let_go = False
-        self._unwritten = ""  # why the status could not be written last time
+        self._unwritten = self._unnoticed = ""  # why the status, and the ledger, could not be written last time
         self.config = config = Config.load(self.folder)
         self.threads = config.threads or max(1, len(os.sched_getaffinity(0)))
         self._lock = hold(self.folder)
@@ -200,6 +200,16 @@ class Service:
             "trouble": self._keeper.trouble,
         }
 
+    def notice(self) -> None:
+        """Have what the owner answered, in a process of her own, in the ledger. That it cannot be written is a line in
+        the log, once: nothing leaves meanwhile in any case."""
+        try:
+            self.host.worker.gate.notice()
+        except (HousecallError, OSError) as error:
+            if self._unnoticed != str(error):
+                log.error("the owner's answers are not in the ledger: %s", error)
+            self._unnoticed = str(error)
+
     def write_status(self) -> None:
         """`status.json`, whole at every moment. A disk that is full is a line in the log, once, and no end."""
         path = self.folder / STATUS_FILE
@@ -307,6 +317,7 @@ def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -
     announce(json.dumps({"worker": service.config.name, "address": str(service.address), "pid": os.getpid()}))
     while not stop.wait(1.0):
         service.write_status()
+        service.notice()
         if parent and os.getppid() != parent:
             break
     service.close()

@@ -637,6 +637,31 @@ def test_what_a_program_makes_stays_once_the_approval_is_over(kept: Requests, cl
     assert not kept.lets_out(*given)
 
 
+def test_an_answer_is_told_once_in_each_process_also_if_that_cannot_be_kept(
+    tmp_path: Path, folder: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = asked(folder)
+    assert list(folder.news()) == []
+    approval = folder.approve(made.id, KEY)
+    ((request, found),) = folder.news()
+    assert (request.status, found) == ("approved", approval)
+    ((request, _),) = folder.news()  # until it is said that it was told
+    with monkeypatch.context() as patched:
+        patched.setattr(type(folder._shelf), "write", _full)
+        folder.told(request)
+    assert list(folder.news()) == []
+    ((request, _),) = restarted(tmp_path).news()
+    folder.told(request)
+    assert list(restarted(tmp_path).news()) == []
+    folder.deny(made.id, "a mistake")
+    ((request, found),) = folder.news()
+    assert (request.status, found) == ("denied", None)
+
+
+def _full(*args: Any) -> None:
+    raise OSError("no space left on device")
+
+
 def test_an_approval_is_of_the_text_that_was_read(kept: Requests) -> None:
     kept.approve(asked(kept).id, KEY)
     assert spend(kept, shown=hashlib.sha256(b"another program").hexdigest()) is None

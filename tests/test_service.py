@@ -28,7 +28,9 @@ from housecall.identity.enrolment import EnrolmentServer
 from housecall.metrics import serve_metrics
 from housecall.service import STATUS_FILE, Service
 from housecall.transport.grpc import Address, address, dial, is_loopback
+from housecall.worker.approvals import Requests
 from housecall.worker.config import Config
+from housecall.worker.ledger import Account
 from housecall.worker.signing import PUBLIC_FILE, OwnerKey
 
 
@@ -55,6 +57,18 @@ def test_a_worker_of_a_folder_serves(service: Service) -> None:
         assert session["principal"] == "anonymous"
         assert session["slots"] >= 1
     assert service.status()["sessions"] == []
+
+
+def test_what_the_owner_answers_is_in_the_ledger_though_nobody_asks(service: Service, folder: Path) -> None:
+    key, gate = OwnerKey.load(folder), service.host.worker.gate
+    assert gate.requests is not None
+    made = gate.requests.ask("alice", "scientist", "value", ["heart"], "a" * 64, "program() {}", "why")
+    Requests(folder, key.public).approve(made.id, key)
+    service.notice()
+    service.notice()
+    (sealed,) = Account(folder).entries()
+    assert sealed.entry.kind == "approval"
+    assert f"request {made.id}: once until" in sealed.entry.decision
 
 
 def test_what_it_says_of_itself_is_read_by_the_command(service: Service, folder: Path) -> None:

@@ -421,14 +421,20 @@ class Requests:
             answered = [request for _, request, _ in self._requests.values() if request.status != "pending"]
             approvals = {approval.id: approval for approval in self._approvals()} if answered else {}
         for request in sorted(answered, key=lambda request: (request.when, request.id)):
-            if self._told.get(request.id) != request.status and self._noted(request.id) != request.status:
+            if request.id not in self._told:
+                self._told[request.id] = self._noted(request.id)
+            if self._told[request.id] != request.status:
                 yield request, approvals.get(request.id) if request.status == "approved" else None
-            self._told[request.id] = request.status
-        self._looked = stirred
+        if all(self._told[request.id] == request.status for request in answered):
+            self._looked = stirred
 
     def told(self, request: Request) -> None:
-        """This answer is in the ledger."""
-        self._shelf.write(f"noted/{request.id}.json", msgspec.json.encode(request.status))
+        """This answer is in the ledger. If that cannot be kept, it is told once more after a restart."""
+        self._told[request.id] = request.status
+        try:
+            self._shelf.write(f"noted/{request.id}.json", msgspec.json.encode(request.status))
+        except OSError as error:
+            log.error("that request %s is in the ledger cannot be kept: %s", request.id, error)
 
     def _noted(self, id: str) -> str:
         try:
