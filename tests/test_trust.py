@@ -17,6 +17,7 @@ from housecall.program.forecast import forecast
 from housecall.program.ops import operator, table
 from housecall.program.run import arguments_of, overload
 from housecall.program.trust import (
+    _RESAMPLING,
     _TYPES,
     _VALUES,
     FORWARDS,
@@ -209,6 +210,17 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"LU": torch.eye(3), "pivots": torch.ones(3, dtype=torch.int32), "B": f(3, 1)},
         [{"pivots": torch.full((3,), 9, dtype=torch.int32)}, {"pivots": torch.ones(2, dtype=torch.int32)}],
     ),
+    "_upsample_bicubic2d_aa.default": (
+        {"self": f(1, 2, 3, 8), "output_size": [5, 12], "align_corners": False, "scales_h": 1.7, "scales_w": 1.5},
+        [{"scales_w": 1e30}, {"scales_h": 1.6}, {"scales_h": -1.7}, {"scales_w": float("nan")},
+         {"output_size": [5, 2000]}],
+    ),
+    "upsample_nearest2d_backward.default": (
+        {"grad_output": f(1, 2, 4, 6), "output_size": [4, 6], "input_size": [1, 2, 2, 3], "scales_h": 2.0, "scales_w": 2.0},
+        [{"scales_h": 1000.0}, {"scales_w": 0.01}, {"scales_w": None}],
+    ),
+    "upsample_nearest1d.vec": ({"input": f(1, 2, 4), "output_size": None, "scale_factors": [2.5]},
+                               [{"scale_factors": [float("inf")]}, {"scale_factors": [-1.0]}]),
     "median.dim": ({"self": f(3), "dim": 0}, [{"self": f(1).expand(3)}]),
     "nanmedian.dim": ({"self": f(2, 3), "dim": 1}, [{"self": f(2, 1).expand(2, 3)}]),
     "_linalg_eigvals.default": ({"self": f(3, 3)}, [{"self": f(3, 3) * float("nan")}, {"self": f(3, 3) / 0}]),
@@ -305,8 +317,9 @@ def test_every_rule_has_a_case() -> None:
            "avg_pool3d_backward", "binary_cross_entropy_backward", "fractional_max_pool3d_backward", "grid_sampler_3d",
            "grid_sampler_2d_backward", "max_pool3d_with_indices_backward", "nll_loss2d_backward",
            "reflection_pad2d_backward", "reflection_pad3d_backward", "replication_pad1d_backward",
-           "replication_pad3d_backward"}  # fmt: skip
-    assert ruled - tried == kin
+           "replication_pad3d_backward",
+           *(name + back for name in _RESAMPLING for back in ("", "_backward"))}  # fmt: skip
+    assert ruled - tried == kin - tried
     bases = {name.partition(".")[0].removesuffix("_") for name in table()}
     assert ruled | set(REFUSED) <= bases
     for forward, pairs in FORWARDS.values():

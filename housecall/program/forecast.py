@@ -184,6 +184,8 @@ def _typed(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forec
             )
     if any(tensor.dim() > MOST_DIMS for tensor in _tensors(result)):
         raise ProgramError(f"{rule.name} gives a tensor of more than {MOST_DIMS} dimensions")
+    if any(n < 0 for tensor in _tensors(result) for n in tensor.shape):  # torch's own `expand` gives such
+        raise ProgramError(f"{rule.name} gives a tensor with a dimension below 0")
     given = {_address(tensor) for tensor in _tensors(stands)}
     storages = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in _tensors(result)}
     fresh = sum(nbytes for address, nbytes in storages.items() if address not in given)

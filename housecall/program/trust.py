@@ -374,6 +374,25 @@ def _paired(args: Args) -> None:
         raise _Wrong(f"'self' has {len(args['self'])} tensors and 'src' {len(args['src'])}")
 
 
+def _resampled(args: Args) -> None:
+    """A picture in another size: scales, where they are given, are those of the sizes within two orders, and never lead
+    beyond the picture."""
+    given = args.get("self", args.get("input"))
+    sizes = args["input_size"][2:] if "input_size" in args else given.shape[2:]
+    scales = args.get("scale_factors") or [args.get(name) for name in ("scales", "scales_d", "scales_h", "scales_w")]
+    scales = [scale for scale in scales if scale is not None]
+    if any(not 0 < scale < math.inf for scale in scales):
+        raise _Wrong(f"its scales are {scales}, expected positive numbers")
+    results = args.get("output_size")
+    if results is None or not scales:
+        return
+    if len(scales) != len(sizes) or any(
+        not (1 - 1e-6) * out <= size * scale <= 100 * out
+        for out, size, scale in zip(results, sizes, scales, strict=False)
+    ):
+        raise _Wrong(f"its scales are {scales}, which do not make {list(results)} of {list(sizes)}")
+
+
 def _rounded(args: Args) -> None:
     """Beyond these no float has digits."""
     if "decimals" in args:
@@ -382,6 +401,11 @@ def _rounded(args: Args) -> None:
 
 _PLAIN_NORM = ("_batch_norm_with_update", "_native_batch_norm_legit", "batch_norm_backward", "native_batch_norm",
                "native_batch_norm_backward")  # fmt: skip
+_RESAMPLING = (
+    "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d", "upsample_bicubic2d", "upsample_bilinear2d", "upsample_linear1d", "upsample_nearest1d",
+    "upsample_nearest2d", "upsample_nearest3d", "upsample_trilinear3d",
+)  # fmt: skip
 _TYPES: dict[str, Rule] = {
     **dict.fromkeys(_PLAIN_NORM, _by_channel),
     **dict.fromkeys(("_fused_adagrad", "_fused_adam", "_fused_adamw", "_fused_sgd"), _stepped),
@@ -390,6 +414,7 @@ _TYPES: dict[str, Rule] = {
     **dict.fromkeys(("grid_sampler_3d", "grid_sampler_3d_backward"), _sampled(3)),
     **dict.fromkeys(("_pdist_forward", "_pdist_backward"), _measured_within),
     **dict.fromkeys(("median", "nanmedian"), _apart),
+    **dict.fromkeys((name + back for name in _RESAMPLING for back in ("", "_backward")), _resampled),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _alike("grad_output", "output")),
     **dict.fromkeys(("native_group_norm", "native_group_norm_backward"), _by_group),
     **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward", "multi_margin_loss_backward"), _classified),
