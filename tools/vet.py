@@ -427,6 +427,8 @@ def main() -> None:
             )
             done = set()
             for line in run.stdout.splitlines():
+                if not line.startswith("["):  # a library's own words
+                    continue
                 kind, name, *rest = json.loads(line)
                 if kind == "done":
                     done.add(name)
