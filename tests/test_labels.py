@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from housecall.errors import ProgramError
 from housecall.program.call import Call, Input, Items, Program
 from housecall.program.check import check
 from housecall.program.flow import flow
@@ -19,7 +20,7 @@ from housecall.program.typing import type_of
 from housecall.transport.arrays import share
 from housecall.transport.parcel import packed
 from housecall.types import PUBLIC, Label, Ref
-from housecall.wire.messages import Clear, Define, Describe, Drop, Fetch, Frame, Load, Put, Reply, Run
+from housecall.wire.messages import Clear, Define, Describe, Drop, Fetch, Frame, Load, Put, Reply, Run, Seed
 from housecall.worker.private import FAILED
 from housecall.worker.worker import Worker, WorkerSession
 
@@ -405,3 +406,81 @@ def test_an_id_that_is_given_anew_is_another_name_in_what_the_owner_reads() -> N
     check(program)
     assert [item.name for item in program.inputs] == ["heart.x", "brought0"]
     assert "mul.Tensor(heart.x, brought0)" in str(program)
+
+
+# -- what schemas do not say ----------------------------------------------------------------------------------
+
+
+MATRIX = type_of(ONES)
+
+
+def ran(program: Program, times: int, numbers: tuple[float, ...] = ()) -> WorkerSession:
+    """A session that has run a program of two matrices, the private one first, so often; outputs at 100, 200, ..."""
+    door = session(heart=torch.arange(24.0).view(6, 4) + 7000)
+    door.handle(Frame(2, (Put(5, share(torch.ones(6, 4))),)))
+    outs = [tuple(100 * n + at for at in range(len(program.outputs))) for n in range(1, times + 1)]
+    runs = [Run(program.digest, (1, 5), out, numbers) for out in outs]
+    assert door.handle(Frame(3, (Define(program), *runs))).failures == ()
+    return door
+
+
+@pytest.mark.parametrize(
+    ("view", "at"),
+    [
+        (Call("_unsafe_view.default", (Ref(3), Items((6, 4))), {}, (4,)), (0, 1)),
+        (Call("conj_physical.default", (Ref(3),), {}, (4,)), (0, 1)),
+        (Call("unsafe_split.Tensor", (Ref(3), 6), {}, (4,)), (0, 1)),
+    ],
+)
+def test_nothing_private_is_written_over_memory_that_a_view_gives_out(view: Call, at: tuple[int, int]) -> None:
+    calls = (
+        Call("mul.Tensor", (Ref(2), 1.0), {}, (3,)),
+        view,
+        Call("threshold_backward.default", (Ref(3), Ref(1), Ref(9)), {}, (5,)),
+    )
+    program = Program((Input("a", 1, MATRIX), Input("b", 2, MATRIX)), calls, (("v", 4),), (("t", 9),))
+    door = ran(program, 3, (7010.0,))
+    for out in (100, 200, 300):
+        assert not door.store.label(out)
+        assert bool((door.store[out] == 1).all())
+
+
+@pytest.mark.parametrize("op", ["_unsafe_view.default", "unsafe_split.Tensor"])
+def test_a_write_to_a_hidden_view_of_an_input_is_an_update(op: str) -> None:
+    args = (Ref(2), Items((6, 4))) if op == "_unsafe_view.default" else (Ref(2), 6)
+    calls = (Call(op, args, {}, (5,)), Call("add_.Tensor", (Ref(5), Ref(1)), {}, ()))
+    inputs = (Input("a", 1, MATRIX), Input("b", 2, MATRIX))
+    with pytest.raises(ProgramError, match="or a view of one, and would be written"):
+        check(Program(inputs, calls, ()))
+    updating = Program((inputs[0], msgspec.structs.replace(inputs[1], updates=True)), calls, ())
+    assert flow(updating, {"a": HEART})["b"] == HEART
+
+
+def test_what_is_drawn_after_a_private_draw_is_private_and_its_program_says_why() -> None:
+    calls = (Call("poisson.default", (Ref(1),), {}, (5,)), Call("rand_like.default", (Ref(2),), {}, (6,)))
+    program = Program((Input("a", 1, MATRIX), Input("b", 2, MATRIX)), calls, (("noise", 6),))
+    assert flow(program, {"a": HEART})["noise"] == HEART
+    door = ran(program, 3)
+    assert door.meter is not None
+    for out in (100, 200, 300):
+        assert "poisson.default(heart.x)" in str(door.meter.history.program((out,), door.store))
+    done(door, Seed(share(torch.Generator().get_state())), Call("rand_like.default", (Ref(5),), {}, (400,)))
+    assert not door.store.label(400)
+
+
+def test_what_a_run_gives_out_without_a_call_has_its_story() -> None:
+    calls = (Call("mul.Tensor", (Ref(1), 2.0), {}, (3,)),)
+    inputs = (Input("a", 1, MATRIX), Input("b", 2, MATRIX))
+    door = ran(Program(inputs, calls, (("same", 1), ("one", 3), ("again", 3))), 3)
+    assert door.meter is not None
+    for first in (100, 200, 300):
+        same, again = (str(door.meter.history.program((first + at,), door.store)) for at in (0, 2))
+        assert "view.default(heart.x, [6, 4])" in same
+        assert "mul.Tensor(heart.x, 2.0)" in again
+        assert "brought" not in same + again
+
+
+def test_a_device_is_no_text_for_an_owner_to_read() -> None:
+    lie = msgspec.structs.replace(MATRIX, device="cpu\n\nwhat a run makes\n  mean: float32[4]")
+    with pytest.raises(ProgramError, match="is no device; write 'cpu'"):
+        check(Program((Input("a", 1, lie),), (), (("o", 1),)))

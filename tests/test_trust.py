@@ -216,7 +216,8 @@ CASES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
          {"output_size": [5, 2000]}],
     ),
     "upsample_nearest2d_backward.default": (
-        {"grad_output": f(1, 2, 4, 6), "output_size": [4, 6], "input_size": [1, 2, 2, 3], "scales_h": 2.0, "scales_w": 2.0},
+        {"grad_output": f(1, 2, 4, 6), "output_size": [4, 6], "input_size": [1, 2, 2, 3], "scales_h": 2.0,
+         "scales_w": 2.0},
         [{"scales_h": 1000.0}, {"scales_w": 0.01}, {"scales_w": None}],
     ),
     "upsample_nearest1d.vec": ({"input": f(1, 2, 4), "output_size": None, "scale_factors": [2.5]},

@@ -5,6 +5,8 @@ A walk over data: no torch, no values. Every error names the call by its number 
 
 from __future__ import annotations
 
+import re
+
 from ..errors import ProgramError
 from ..types import Ref, TensorType
 from .call import HOLE, Arg, Call, Complex, Items, Program, Symbol, call_text, refs
@@ -28,6 +30,7 @@ _TAKES: dict[str, tuple[type, ...]] = {
     "MemoryFormat": (Symbol,),
     "Generator": (),
 }
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?", re.ASCII)
 _SHOWN = 500  # characters of a call in an error
 _SYMBOLS = {"ScalarType": "dtype", "Device": "device", "Layout": "layout", "MemoryFormat": "memory_format"}
 
@@ -65,6 +68,8 @@ def check(program: Program) -> None:
 def _check_type(name: str, type_: TensorType) -> None:
     if len(type_.shape) != len(type_.stride) or min((*type_.shape, *type_.stride, type_.offset), default=0) < 0:
         raise ProgramError(f"input '{name}': {type_} with stride {type_.stride} is no tensor's type")
+    if not _DEVICE.fullmatch(type_.device):  # it is printed, to an owner who reads the program
+        raise ProgramError(f"input '{name}': {type_.device[:40]!r} is no device; write 'cpu', 'cuda' or 'cuda:N'")
 
 
 def _without_numbers(call: Call, numbers: set[int]) -> Call:

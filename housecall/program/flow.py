@@ -3,6 +3,9 @@
 The rule is one line: a result has the labels of all arguments, and so has whatever the call writes to. Values that may
 share a storage share a label, since a write to one is a write to all; what an operator *may* alias is taken to alias
 here, while a worker's store sees the storages themselves. So a store's label is never more than the one found here.
+
+What draws random numbers reads the generator and writes to it: how much was drawn may depend on elements. So whatever
+is drawn after a draw on private data has its label, too.
 """
 
 from __future__ import annotations
@@ -86,6 +89,7 @@ class _Walk:
     def __init__(self) -> None:
         self._group: dict[int, int] = {}
         self._labels: dict[int, Label] = {}
+        self._drawn = PUBLIC
 
     def label(self, ref: int) -> Label:
         return self._labels[self._root(ref)]
@@ -107,6 +111,8 @@ class _Walk:
         for arg in (*call.args, *call.kwargs.values()):
             for ref in refs(arg):
                 label = label | self.label(ref)
+        if rules.random:
+            label = self._drawn = self._drawn | label
         for ref in written(call, rules):
             self.join(ref, label)
         by_name = {param.name: arg for param, arg in arguments(rules, call)}

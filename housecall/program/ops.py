@@ -106,6 +106,16 @@ _STATISTICS = frozenset(("running_mean", "running_var"))
 _UNSAID = {"native_batch_norm": "training"}
 
 
+# Operators whose results are, or may be, views of this argument though their schemas do not say so. A test looks for
+# more among the calls of torch's own database.
+_HIDDEN_VIEWS = {
+    "_unsafe_view": "self",
+    "conj_physical": "self",
+    "unsafe_split": "self",
+    "unsafe_split_with_sizes": "self",
+}
+
+
 def _unsaid(name: str, param: Param) -> Param:
     flag = _UNSAID.get(name.partition(".")[0])
     if flag is None or param.name not in _STATISTICS:
@@ -120,11 +130,15 @@ def _parse(line: str) -> Operator:
     params_text, _, returns_text = rest.rpartition(" -> ")
     params = tuple([_unsaid(name, param) for param in _params(_split(params_text.strip().removesuffix(")")))])
     owners = {alias[1]: param for alias, param in zip(_aliases(params_text), params, strict=True) if alias}
+    returns = tuple([_return(text, owners) for text in _split(_unwrapped(returns_text))])
+    hidden = _HIDDEN_VIEWS.get(name.partition(".")[0])
+    if hidden:
+        returns = tuple([item if item.same_as else msgspec.structs.replace(item, view_of=hidden) for item in returns])
     return Operator(
         name=_named(name),
         schema=schema,
         params=params,
-        returns=tuple(_return(text, owners) for text in _split(_unwrapped(returns_text))),
+        returns=returns,
         random="random" in marks,
         dynamic="dynamic" in marks,
         reshapes="reshapes" in marks,

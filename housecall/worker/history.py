@@ -7,6 +7,10 @@ kept as one `Episode`, and said in calls only when somebody reads it.
 NOTE [Bindings]
 A caller may let go of an id and give it to another value; a program in which one name stood for two would say what she
 likes. So here each binding of a slot has a number of its own (`Store.bindings`), and calls are kept over those.
+
+NOTE [Draws]
+What draws random numbers reads the generator and writes to it, which tells what was drawn before. So the program of a
+value has all draws on private data since the generator was seeded, as if it were one more storage.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ..program.call import HOLE, Arg, Call, Input, Program, refs, replaced
+from ..program.call import HOLE, Arg, Call, Input, Items, Program, refs, replaced
 from ..program.flow import written
 from ..program.ops import operator
 from ..program.outcome import Spec
@@ -48,6 +52,7 @@ class Episode(NamedTuple):
     numbers: dict[int, float]
     storages: dict[int, int]
     specs: dict[int, Spec]
+    generator: Cell
     fresh: Iterator[int]
 
 
@@ -61,6 +66,11 @@ class History:
         self._types: dict[int, TensorType] = {}
         self._columns: dict[int, str] = {}
         self._cells: dict[int, Cell] = {}
+        self.generator = Cell(0, 0)
+
+    def seeded(self) -> None:
+        """The generator begins anew: see NOTE [Draws]."""
+        self.generator = Cell(0, 0)
 
     def lent(self, ref: int, name: str, store: Store) -> None:
         """A column of a data set was bound to a slot: `name` is "heart.x"."""
@@ -74,7 +84,14 @@ class History:
         self._saw(read, store)
         outs = tuple([bindings.get(out, HOLE) for out in call.outs])
         over = replaced(call, lambda ref: Ref(bindings[ref.id]), outs)
-        self._keep(_Done(over, frozenset([cells[ref] for ref in read]), made), 1)
+        draws = _draws(call, self.generator)
+        self._keep(_Done(over, draws.union([cells[ref] for ref in read]), made | draws), 1)
+
+    def same(self, source: int, out: int, store: Store) -> None:
+        """A slot was bound to what another one holds, without a call: by a run that gives out an input, or one value
+        twice. It is said as a view of the same shape."""
+        shape = Items(tuple(store.specs[source].size))
+        self.add(Call("view.default", (Ref(source), shape), {}, (out,)), [source], [], store)
 
     def _saw(self, slots: Iterable[int], store: Store) -> None:
         for ref in slots:
@@ -153,7 +170,8 @@ class History:
             made = [*[out for out in call.outs if out != HOLE], *written(call, operator(call.op))]
             outs = tuple([out if out == HOLE else binding(out) for out in call.outs])
             over = replaced(call, placed, outs)
-            found.append(_Done(over, frozenset(map(cell, read)), frozenset(map(cell, made))))
+            draws = _draws(call, episode.generator)
+            found.append(_Done(over, draws.union(map(cell, read)), draws.union(map(cell, made))))
         return found
 
     def _name(self, ref: int, began: list[int], numbers: dict[Cell, int]) -> str:
@@ -163,3 +181,8 @@ class History:
         cell = self._cells[ref]
         alike = [other for other in began if self._cells[other] is cell].index(ref)
         return f"brought{numbers[cell]}" + f"_view{alike}" * bool(alike)
+
+
+def _draws(call: Call, generator: Cell) -> frozenset[Cell]:
+    """The generator, for what draws from it."""
+    return frozenset((generator,)) if operator(call.op).random else frozenset()

@@ -155,6 +155,7 @@ class Metered:
         store.drawn = known.drawn
         if any(known.labels):
             self._meter.history.ran(self._episode(known))
+        self._note_aliases()
 
     def _again(self, known: Precedent, undone: set[int], failed: set[int]) -> tuple[Precedent, set[int]]:
         """The same for a run in which some calls were not done, and others failed on private data; and the storages
@@ -185,6 +186,14 @@ class Metered:
         made = _made(self._plan.calls, labels, known.cells)
         return known._replace(labels=tuple(labels), after=after, made=made, drawn=drawn), failures
 
+    def _note_aliases(self) -> None:
+        """Outputs that are inputs, or twice the same, in the history: no call has bound them."""
+        slots = dict(self._inputs)
+        for (_, ref), out in zip(self._plan.program.outputs, self._message.outs, strict=True):
+            source = slots.setdefault(ref, out)
+            if source != out and self._store.label(out):
+                self._meter.history.same(source, out, self._store)
+
     def _mark(self, slot: int, label: Label, failed: bool) -> None:
         if label:
             self._store.mark((slot,), label, failed=failed)
@@ -200,7 +209,10 @@ class Metered:
         calls = tuple([call for call, label in zip(self._plan.calls, known.labels, strict=True) if label])
         numbers = {ref: number for (_, ref), number in zip(program.numbers, self._message.numbers, strict=True)}
         made = frozenset([known_cells[cell] for cell in known.made if cell in known_cells])
-        return Episode(calls, made, bindings, known_cells, numbers, known.cells, known.specs, self._ids)
+        generator = self._meter.history.generator
+        if any(operator(call.op).random for call in calls):
+            made |= {generator}
+        return Episode(calls, made, bindings, known_cells, numbers, known.cells, known.specs, generator, self._ids)
 
 
 class _CallByCall:
@@ -299,6 +311,8 @@ class _CallByCall:
                 store[out] = store[slot]
                 if not isinstance(store[out], Exception):
                     store.count(out, store[out])
+                    if store.label(out):
+                        self._meter.history.same(slot, out, store)
 
 
 class _Tally:

@@ -7,8 +7,8 @@ the few operators below, which do the same arithmetic in place, over values that
 NOTE [What stands alone]
 A schema does not say that an operator always gives new memory (`dropout` in evaluation gives its input, and whether it
 does can depend on a number), and a view hides another reader. So a value is only taken to stand alone if an operator of
-`_MAKERS` made it, whose kernels are known to take new memory. It is written over if no view was taken of it, no output
-is it, and the call is the last that reads it.
+`_MAKERS` made it, whose kernels are known to take new memory. It is written over if nothing but such operators has read
+it, since any other may have taken a view of it; if no output is it, and the call is the last that reads it.
 """
 
 from __future__ import annotations
@@ -81,8 +81,7 @@ def taken_over(program: Program) -> set[int]:
     alone: dict[int, int] = {}  # what a maker made, and which call read it last
     found: dict[int, int] = {}  # call -> its first argument
     for number, call in enumerate(program.calls):
-        rules = operator(call.op)
-        views = any(item.view_of for item in rules.returns)
+        views = call.op not in _MAKERS and call.op not in _FORMS
         read = [ref for arg in (*call.args, *call.kwargs.values()) for ref in refs(arg)]
         for ref in read:
             if ref in alone:

@@ -287,6 +287,8 @@ class WorkerSession:
             case Seed(state=state):
                 self.randomness.follow(state.data)
                 self.store.drawn = PUBLIC
+                if self.meter is not None:
+                    self.meter.history.seeded()
             case Tag(id=ref):
                 if meter is not None:
                     meter.check_tag(message)
