@@ -64,6 +64,10 @@ if TYPE_CHECKING:
     from .pointers.record import record as record
     from .pointers.record import run_program as run_program
     from .pointers.record import submit_program as submit_program
+    from .pointers.statistics import Count as Count
+    from .pointers.statistics import Histogram as Histogram
+    from .pointers.statistics import Mean as Mean
+    from .pointers.statistics import Sum as Sum
     from .pointers.tensor import PointerTensor as PointerTensor
     from .pointers.tensor import send as send
     from .program.call import Call as Call
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
     from .remote import connect as connect
     from .virtual import VirtualWorker as VirtualWorker
     from .worker.mocks import Fakes as Fakes
+    from .worker.policy import Budget as Budget
     from .worker.policy import Policy as Policy
     from .worker.policy import Release as Release
     from .worker.policy import Use as Use
@@ -80,12 +85,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Budget": "worker.policy",
     "Call": "program.call",
     "CodecError": "errors",
+    "Count": "pointers.statistics",
     "DataError": "errors",
     "Fakes": "worker.mocks",
     "FederatedDataLoader": "pointers.data",
     "FederatedDataset": "pointers.data",
+    "Histogram": "pointers.statistics",
     "HousecallError": "errors",
     "Identity": "identity.certificate",
     "IdentityError": "errors",
@@ -93,6 +101,7 @@ _HOME = {
     "LimitError": "errors",
     "LocalCluster": "cluster",
     "MNIST": "datasets",
+    "Mean": "pointers.statistics",
     "MockDataset": "pointers.mock",
     "OperatorError": "errors",
     "OwnedDataset": "pointers.owned",
@@ -107,6 +116,7 @@ _HOME = {
     "Release": "worker.policy",
     "RemoteWorker": "remote",
     "SpentPointerError": "errors",
+    "Sum": "pointers.statistics",
     "TorchHook": "pointers.hook",
     "UnknownOperator": "errors",
     "UsageError": "errors",

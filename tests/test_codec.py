@@ -38,6 +38,7 @@ from housecall.wire.messages import (
     Message,
     Mock,
     Mocked,
+    Noised,
     Open,
     Owned,
     Put,
@@ -48,6 +49,8 @@ from housecall.wire.messages import (
     Run,
     Search,
     Seed,
+    Statistic,
+    Statistics,
     Status,
     Submit,
     Tag,
@@ -247,6 +250,7 @@ MESSAGES: tuple[Message, ...] = (
     Load("heart", (8, 9)),
     Load("heart", (8,), 2**40, (Column("x", "float32", (13,)),)),
     Mock("heart"),
+    Statistics("heart", Statistic("histogram", "x", (0.0, 1.0, 2.0), (3,)), 0.5),
     Define(Program((Input("x", 1, TYPE, updates=True),), (CALL,), (("y", 6),), (("lr", 2),))),
     Run("5f" * 32, (1,), (8,), (0.5,)),
     Request((6,), "for the paper"),
@@ -262,6 +266,7 @@ RESULTS = (
     Found((), (OWNED, OWNED, msgspec.structs.replace(OWNED, unit="person", mock=9))),
     Mocked((ARRAY, ARRAY)),
     Mocked(()),
+    Noised((0.5, -1.0), 0.25, 2.0),
     Requested("request-1", "denied", "not for this"),
 )
 

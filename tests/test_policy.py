@@ -192,14 +192,26 @@ def test_no_stage_of_an_update_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert not ask(Policy(use=Use(plans=("alice",))), "update", pipeline=("clip",)).allowed
 
 
-@pytest.mark.parametrize(("kind", "says"), [("metrics", "evaluation loop"), ("statistics", "owner's own code")])
-def test_what_is_not_built_yet_is_refused_and_says_so(kind: str, says: str) -> None:
-    policy = Policy(
-        use=Use(plans=("*",), statistics=("*",)), release=Release(statistics=True, metrics=Metrics(minimum=10))
-    )
-    assert says in ask(policy, kind).text
-    assert "does not exist yet" in ask(policy, kind).text
-    assert "does not exist yet" not in ask(Policy(use=policy.use), kind).text
+def test_what_is_not_built_yet_is_refused_and_says_so() -> None:
+    policy = Policy(use=Use(plans=("*",)), release=Release(metrics=Metrics(minimum=10)))
+    assert "evaluation loop, which does not exist yet" in ask(policy, "metrics").text
+    assert "does not exist yet" not in ask(Policy(use=policy.use), "metrics").text
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule"),
+    [
+        (Policy(use=Use(interactive=("*",)), release=Release(statistics=True)), "use.statistics"),
+        (Policy(use=Use(statistics=("*",)), budget=Budget(epsilon=1)), "release.statistics"),
+        (Policy(use=Use(statistics=("*",)), release=Release(statistics=True)), "budget.epsilon"),
+        (Policy(use=Use(statistics=("*",)), release=Release(statistics=True), budget=Budget(epsilon=1)), ""),
+    ],
+)
+def test_statistics_need_a_name_a_word_and_a_budget(policy: Policy, rule: str) -> None:
+    found = ask(policy, "statistics")
+    assert (found.allowed, found.rule) == (not rule, rule)
+    allowed = ("statistics, as long as the budget pays for them",)
+    assert rule or ask(policy, "exact").would_allow == allowed
 
 
 def test_an_ended_policy_permits_nothing() -> None:
@@ -261,6 +273,8 @@ def test_what_would_be_allowed_is(known: dict[str, Policy], asked: Asked) -> Non
             assert allowed("exact")
         elif offer == "an exact value, once approved":
             assert allowed("exact", approved=True)
+        elif offer == "statistics, as long as the budget pays for them":
+            assert allowed("statistics")
         else:
             assert allowed("update", pipeline=tuple(offer.removeprefix("updates through ").split(" > ")))
     approved = decide(known, known, msgspec.structs.replace(asked, approved=True), NOW)
@@ -361,9 +375,11 @@ def test_changes_say_what_is_looser() -> None:
         (Policy(release=Release(update=("clip",))), "neither noise nor mask"),
         (Policy(release=Release(update=("clip", "noise"))), "stages that this version does not have (clip, noise)"),
         (Policy(budget=Budget(epsilon=1)), "nothing spends from it"),
+        (Policy(budget=Budget(delta=0.1)), "budget.delta is spent by nothing"),
         (Policy(release=Release(metrics=Metrics(minimum=10))), "metrics are refused in this version"),
         (Policy(budget=Budget(epsilon=50)), "promises next to nothing"),
-        (Policy(release=Release(statistics=True)), "statistics are refused in this version"),
+        (Policy(release=Release(statistics=True)), "one has no effect"),
+        (Policy(use=Use(statistics=("a",)), release=Release(statistics=True)), "no epsilon that a statistic could"),
     ],
 )
 def test_loose_settings_are_noted(policy: Policy, says: str) -> None:
@@ -394,6 +410,8 @@ def test_explain_says_what_one_could_obtain() -> None:
     assert f"May run 1 recorded programs without asking: {D1}" in bob
     assert "No updates: the policy would let them out, and this version refuses them" in bob
     assert "epsilon" not in bob  # nothing promises what nothing pays
+    more = msgspec.structs.replace(policy, use=Use(statistics=("bob",)), release=Release(statistics=True))
+    assert "for whomever, cost epsilon 3 for each person" in "\n".join(explain(more, "bob", "scientist", NOW))
     assert explain(policy, "carol", "scientist", NOW) == ["Nothing: no rule permits 'carol' anything."]
     assert explain(policy, "alice", "scientist", NOW + timedelta(days=1))[0].startswith("Nothing: the policy ended")
 

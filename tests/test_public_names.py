@@ -54,7 +54,7 @@ def test_a_star_import_brings_the_public_names() -> None:
 
 
 def test_a_wrong_name_is_an_error_that_lists_the_right_ones() -> None:
-    with pytest.raises(AttributeError, match="has no attribute 'Worker'; the public names are Call, "):
+    with pytest.raises(AttributeError, match="has no attribute 'Worker'; the public names are Budget, Call, "):
         housecall.Worker  # noqa: B018
     with pytest.raises(ImportError):
         importlib.import_module("housecall.worker.nothing")

@@ -38,6 +38,7 @@ from housecall.wire.messages import (
     Refused,
     Reply,
     Result,
+    Statistic,
     Value,
     Welcome,
 )
@@ -54,12 +55,13 @@ ANSWERS = {
     "Search": "`Found`",
     "Open": "`Found`",
     "Mock": "`Mocked`",
+    "Statistics": "`Noised`",
     "Request": "`Requested`",
     "Submit": "`Requested`",
     "Status": "`Requested`",
 }
 SENDERS = {"Hello": "client", "Welcome": "worker", "Refused": "worker", "Ack": "client; worker may", "Bye": "client"}
-PARTS = (Array, Blob, TensorType, Ref, Complex, Symbol, Items, Program, Input, Failure, Info, Owned, Column)
+PARTS = (Array, Blob, TensorType, Ref, Complex, Symbol, Items, Program, Input, Failure, Info, Owned, Column, Statistic)
 CODES = {
     "version": "`Hello.version` is not the worker's; `reason` says which is",
     "identity": "the certificate was revoked: at a Hello, at a frame, before a step of one or a packet of an answer, "

@@ -15,6 +15,7 @@ from .calls import point
 from .data import FederatedDataset, Part
 from .mock import MockDataset, by_hand, mock_of
 from .session import Slot
+from .statistics import Asked, StatisticsAnswer, ask_statistics
 from .tensor import PointerTensor
 
 __all__ = ["OwnedDataset"]
@@ -58,6 +59,12 @@ class OwnedDataset(FederatedDataset):
         found = self.location.session.ask(Mock(self.name))
         assert isinstance(found, Mocked)
         return mock_of(self._owned, self.location.id, found)
+
+    def statistics(self, asked: Asked, *, epsilon: float) -> StatisticsAnswer:
+        """A statistic that the owner's own code makes of the data, with noise that hides each record, or person:
+        `statistics(Mean("age", 0, 120), epsilon=0.5)`. The same question costs epsilon each time that it is asked, of a
+        budget that all who ask share. Raises `PolicyError` if the owner's rules, or what is left of it, say no."""
+        return ask_statistics(self.location.session, self.name, asked, epsilon)
 
     def __repr__(self) -> str:
         columns = ", ".join(f"{name}: {kind}" for name, kind in self.columns.items())

@@ -37,6 +37,7 @@ __all__ = [
     "Message",
     "Mock",
     "Mocked",
+    "Noised",
     "Open",
     "Owned",
     "Put",
@@ -48,6 +49,8 @@ __all__ = [
     "Run",
     "Search",
     "Seed",
+    "Statistic",
+    "Statistics",
     "Status",
     "Submit",
     "Tag",
@@ -185,6 +188,25 @@ class Mock(Struct, frozen=True, tag="mock", tag_field="t"):
     name: str
 
 
+class Statistic(Struct, frozen=True):
+    """What is to be counted, added up or averaged: one number of each record of `column`, the one at `index` if it has
+    several. `bounds` are two, or the edges of a histogram; they are the asker's. A count of persons has no column."""
+
+    kind: Literal["count", "sum", "mean", "histogram"]
+    column: str = ""
+    bounds: tuple[float, ...] = ()
+    index: tuple[int, ...] = ()
+
+
+class Statistics(Struct, frozen=True, tag="statistics", tag_field="t"):
+    """Ask the owner's own code for a statistic of one of her data sets, with differential privacy, and let the budget
+    of that data pay `epsilon` for it. Answered by `Noised`."""
+
+    name: str
+    statistic: Statistic
+    epsilon: float
+
+
 class Request(Struct, frozen=True, tag="request", tag_field="t"):
     """Ask the worker's owner to let these values out, with a reason in words. Answered by `Requested`."""
 
@@ -227,6 +249,7 @@ Message = (
     | Open
     | Load
     | Mock
+    | Statistics
 )
 
 
@@ -296,6 +319,15 @@ class Mocked(Struct, frozen=True, tag="mocked", tag_field="t"):
     columns: tuple[Array, ...]
 
 
+class Noised(Struct, frozen=True, tag="noised", tag_field="t"):
+    """The answer to `Statistics`: one value, or one for each bin; the scale of the Laplace noise in each; and how much
+    epsilon the budget of the data has left."""
+
+    values: tuple[float, ...]
+    scale: float
+    left: float
+
+
 class Requested(Struct, frozen=True, tag="requested", tag_field="t"):
     """A request as it stands: its id (empty where the policy needs nobody's answer), "pending", "approved" or "denied",
     the owner's words, if she gave any, and the digest of what was asked for."""
@@ -306,7 +338,7 @@ class Requested(Struct, frozen=True, tag="requested", tag_field="t"):
     digest: str = ""
 
 
-Result = Requested | Value | Types | Found | Mocked
+Result = Requested | Value | Types | Found | Mocked | Noised
 
 
 class Reply(Struct, frozen=True):

@@ -97,6 +97,7 @@ class Catalogue:
         self._entries: dict[str, _Entry] = {}
         self._loaded: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}  # name -> digest, columns
         self._mocks: dict[str, tuple[str, dict[str, torch.Tensor]]] = {}  # likewise
+        self._contents: dict[str, str] = {}  # of sets in memory: identity -> SHA-256 of what they hold
         self._registered = 0  # how many sets ever were, in memory
         self._lock = threading.RLock()
 
@@ -136,6 +137,23 @@ class Catalogue:
         with self._lock:
             owned, columns, identity = self._found(name, self._columns, "elements")
         return Lent({column: columns[column] for column in owned.columns}, owned.label, identity)
+
+    def whole(self, name: str) -> Lent:
+        """`lent`, with what is withheld: for the owner's own code alone. Raises as `columns` does."""
+        with self._lock:
+            owned, columns, identity = self._found(name, self._columns, "elements")
+        return Lent({column: columns[column] for column in (*owned.columns, *owned.withheld)}, owned.label, identity)
+
+    def content(self, name: str) -> str:
+        """What the elements under this name are called, whatever the name: the same for the same elements, protected
+        alike. For a set in memory they are gone over once. Raises as `columns` does."""
+        with self._lock:
+            owned, columns, identity = self._found(name, self._columns, "elements")
+            if self._known(name)[1].stat is not None:
+                return identity
+            if identity not in self._contents:
+                self._contents[identity] = _content(owned, columns)
+            return self._contents[identity]
 
     def persons(self, name: str) -> torch.Tensor:
         """Whose record each is, a number for each person: for the owner's own code. Raises as `columns` does, and
@@ -420,6 +438,15 @@ def _identity(described: Described) -> str:
     """Of data on disk: another one for other elements, or another unit of privacy."""
     withheld = next(iter(described.owned.withheld), "")
     return hashlib.sha256(f"{described.digest} {withheld}".encode()).hexdigest()
+
+
+def _content(owned: Owned, columns: Mapping[str, torch.Tensor]) -> str:
+    """Of data in memory, as `_identity` of data on disk."""
+    found = hashlib.sha256(repr(sorted(owned.withheld)).encode())
+    for name, column in sorted(columns.items()):
+        found.update(f"{name!r} {dtype_name(column)} {tuple(column.shape)}".encode())
+        found.update(column.cpu().contiguous().unsqueeze(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

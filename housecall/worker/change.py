@@ -157,12 +157,16 @@ def _without_effect(policy: Policy) -> Iterator[str]:
     unknown = [stage for stage in release.update if stage not in STAGES]
     if unknown:
         yield f"release.update asks for stages that this version does not have ({', '.join(unknown)}): it refuses them"
-    if use.statistics or release.statistics:
-        yield "statistics are refused in this version: the owner's own code for them does not exist yet"
+    if bool(use.statistics) != release.statistics:
+        yield "statistics leave if use.statistics names somebody and release.statistics is true: one has no effect"
+    elif release.statistics and not policy.budget.epsilon:
+        yield "release.statistics has no effect: [budget] has no epsilon that a statistic could be paid from"
     if release.metrics.minimum or release.metrics.noise:
         yield "metrics are refused in this version: the owner's own evaluation loop does not exist yet"
-    if policy.budget.epsilon or policy.budget.delta:
-        yield "[budget] is read and nothing spends from it: no release of this version is differentially private"
+    if policy.budget.epsilon and not (use.statistics and release.statistics):
+        yield "[budget] pays for statistics, and none leave: nothing spends from it"
+    if policy.budget.delta:
+        yield "budget.delta is spent by nothing: statistics need none"
 
 
 def _who(policy: Policy) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -27,11 +27,12 @@ from typing import NamedTuple
 import msgspec
 
 from ..errors import HousecallError, LedgerError, PolicyError, UsageError
-from ..types import Label
+from ..types import Label, Unit
 from ..wire.messages import Requested
 from .approvals import Approval, Request, Requests
-from .ledger import Entry, Kind, Ledger
-from .policy import Asked, Decision, Policy, decide
+from .ledger import Entry, Kind, Ledger, Sealed
+from .policy import DENY, Asked, Decision, Policy, decide, refused
+from .spending import Spending
 from .submission import Origin, Submission
 
 __all__ = ["Gate", "Opening", "Question", "Uses", "Who", "counted"]
@@ -40,6 +41,7 @@ log = logging.getLogger(__name__)
 
 MOST_REFUSALS = 20  # of one principal in a minute, each a line of the ledger; more are counted
 _MINUTE = timedelta(minutes=1)
+_NO_LEDGER = "this worker keeps no ledger, and without one nothing private is used or leaves"
 
 
 class Who(NamedTuple):
@@ -76,6 +78,7 @@ class Gate:
         now: Callable[[], datetime] = _now,
     ) -> None:
         self.policies, self.requests, self.ledger, self._now = policies, requests, ledger, now
+        self.spending = Spending(ledger) if ledger is not None else None
         self._refusals: dict[Who, tuple[datetime, int]] = {}  # since when, and how many
         self._noticing = threading.Lock()
 
@@ -147,6 +150,40 @@ class Gate:
         self._note("release" if decision.allowed else "refusal", who, label, program, text)
         if not decision.allowed:
             raise PolicyError(decision.text)
+
+    def statistics(self, who: Who, name: str, unit: Unit, data: Callable[[], str], epsilon: float, what: str) -> Sealed:
+        """Whether a statistic may be made of a data set, and paid by the budget of its data, which `data` identifies;
+        when this returns, it is spent, and in the ledger. Raises `PolicyError` or `LedgerError`."""
+        self.notice()
+        if self.ledger is None or self.spending is None:
+            raise LedgerError(_NO_LEDGER)
+        policy = self.policies.get(name, DENY)  # once: both answers are this version's
+        asked = Asked("statistics", who.name, who.role)
+        decision = decide({name: policy}, (name,), asked, self._now())
+        if not decision.allowed:
+            self._note("refusal", who, Label((name,)), "", f"{what}: {decision.text}")
+            raise PolicyError(decision.text)
+        entry = Entry("reserve", f"{who.role} '{who.name}'", (name,), decision=f"{what}: {decision.text}")
+        try:
+            return self.spending.reserve(entry, data(), policy.budget, unit, epsilon)
+        except PolicyError as error:
+            text = refused(name, "budget.epsilon", str(error))
+            self._note("refusal", who, Label((name,)), "", f"{what}: {text}")
+            raise PolicyError(text) from None
+
+    def answered(self, who: Who, name: str, paid: Sealed) -> None:
+        """Write down that the statistic which was paid leaves now. Raises `LedgerError`, and then it does not."""
+        if self.ledger is None:
+            raise LedgerError(_NO_LEDGER)
+        entry = msgspec.structs.replace(paid.entry, kind="release", of=paid.sequence, identity=msgspec.UNSET)
+        log.info("release: statistics to %s '%s' (%s)", *reversed(who), name, extra={"event": "release"})
+        self.ledger.append(entry)
+
+    def left(self, name: str, paid: Sealed) -> float:
+        """What the budget of a data set has left for the data of which something was paid."""
+        if self.spending is None or paid.entry.identity is msgspec.UNSET:
+            return 0.0
+        return self.spending.left(paid.entry.identity, self.policies.get(name, DENY).budget)
 
     def _answered(self, who: Who, question: Question, requests: Requests, spends: bool) -> str | None:
         """What the owner approved that lets this out: of the run that made it, or, used up by this, of the value."""
@@ -220,7 +257,7 @@ class Gate:
         principal = f"{who.role} '{who.name}'"
         log.info("%s: %s (%s) %s", kind, principal, label, text, extra={"event": kind, "principal": principal})
         if self.ledger is None:
-            raise LedgerError("this worker keeps no ledger, and without one nothing private is used or leaves")
+            raise LedgerError(_NO_LEDGER)
         self.ledger.append(Entry(kind, principal, label.sources, digest, decision=text))
 
 

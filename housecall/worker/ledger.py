@@ -1,7 +1,7 @@
 """`Ledger`: the append-only account of what an owner's worker decided, and of all that may have left it.
 
 What must live here: what an entry says, how entries are chained and signed, and how the whole is verified. What must
-not: decisions (`gate`), how bytes reach the disk (`journal`).
+not: decisions (`gate`), what is spent (`spending`), how bytes reach the disk (`journal`).
 
 NOTE [The chain]
 A line is one entry in JSON: `sequence` from 1, `time`, `previous`, `entry`, `signature`.
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from ..errors import LedgerError
 from .heads import Countersigned, Head, Hex32, Hex64, Signer, Time, signed, statement
@@ -59,7 +59,8 @@ class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One thing that was asked, decided, spent, or let out. `principal` is who (as in "scientist 'alice'"), `program`
     the digest of what ran, `pipeline` the stages that a value passed, `decision` the rule and its answer, `details` for
-    the owner alone. `of` is the sequence number of the entry that this one answers: a commit's or cancel's reserve."""
+    the owner alone. `of` is the sequence number of the entry that this one answers: a release's reserve. `identity`
+    says which data a reserve is of, whatever it is called; other entries do not have it."""
 
     kind: Kind
     principal: str = ""
@@ -70,6 +71,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decision: str = ""
     details: str = ""
     of: Annotated[int, Meta(ge=1)] | None = None
+    identity: str | UnsetType = UNSET  # so that the lines of before are canonical still
 
 
 class _Body(msgspec.Struct, frozen=True):

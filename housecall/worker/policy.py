@@ -44,6 +44,7 @@ __all__ = [
     "decide",
     "explain",
     "matches",
+    "refused",
 ]
 
 _WHO = re.compile(r"(?:[a-z]{1,32}/)?(?:\*|[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9_])?)", re.ASCII)
@@ -121,7 +122,7 @@ class Release(_Table, frozen=True):
     statistics: Annotated[
         bool,
         Meta(
-            description="Whether statistics leave, noised by the owner's own code within [budget]; refused until then."
+            description="Whether statistics leave, noised by the owner's own code, as long as [budget] pays for them."
         ),
     ] = False
     metrics: Metrics = Metrics()
@@ -133,11 +134,13 @@ class Release(_Table, frozen=True):
 
 
 class Budget(_Table, frozen=True):
-    """What all private releases of this data together may cost, in differential privacy (Dwork and Roth 2014). This
-    version makes none: nothing spends from it, and nothing is let out because of it."""
+    """What all statistics of this data together may cost, whoever asks, in differential privacy (Dwork and Roth 2014).
+    What is spent is spent of the data, whatever version of a policy or name it has."""
 
     epsilon: Annotated[float, Meta(ge=0, le=10**6, description="Sum of what may be spent; 0: nothing.")] = 0.0
-    delta: Annotated[float, Meta(ge=0, lt=1, description="Probability that may be spent beside epsilon.")] = 0.0
+    delta: Annotated[
+        float, Meta(ge=0, lt=1, description="Probability that may be spent beside epsilon. Statistics need none.")
+    ] = 0.0
     unit: Annotated[
         Literal["record", "person"], Meta(description="What is protected: one record, or all records of one person.")
     ] = "record"
@@ -360,7 +363,9 @@ def _statistics(policy: Policy, asked: Asked) -> Refusal:
         return "use.statistics", f"does not let '{asked.principal}' ask for statistics of it"
     if not policy.release.statistics:
         return "release.statistics", "lets no statistics out"
-    return "release.statistics", "lets statistics out only of the owner's own code, which does not exist yet"
+    if not policy.budget.epsilon:
+        return "budget.epsilon", "has no budget that a statistic could be paid from"
+    return None
 
 
 _RULES: dict[str, Callable[[Policy, Asked], Refusal]] = {
@@ -403,19 +408,26 @@ def _would_allow(policies: Mapping[str, Policy], names: list[str], asked: Asked,
         found.append("exact values")
     elif permits("exact", approved=True):
         found.append("an exact value, once approved")
+    if permits("statistics"):
+        found.append("statistics, as long as the budget pays for them")
     pipelines = {policy.release.update for policy in known}
     found += [f"updates through {_piped(stages)}" for stages in sorted(pipelines) if permits("update", pipeline=stages)]
     return tuple(found)
 
 
 def _said(name: str, rule: str, why: str, asked: Asked, would: tuple[str, ...], approvable: bool) -> str:
-    lines = [f"the policy of data set '{name}' {why} (rule {rule})."]
+    lines = [refused(name, rule, why)]
     lines += [
         f"Allowed to '{asked.principal}': {'; '.join(would)}." if would else "Nothing of it is allowed to her or him."
     ]
     how = "`recorded.submit(..., reason=...)`" if asked.kind == "plan" else "`.request(reason)`"
     lines += [f"Ask for an approval with {how}."] if approvable else []
     return " ".join(lines)
+
+
+def refused(name: str, rule: str, why: str) -> str:
+    """A refusal in a sentence: which policy, what it does not let, and which of its keys says so."""
+    return f"the policy of data set '{name}' {why} (rule {rule})."
 
 
 def _piped(stages: Iterable[str]) -> str:
@@ -459,13 +471,24 @@ def _explained(policy: Policy, asked: Asked) -> Iterator[str]:
     refused = [
         ("updates", programs and release.update and not STAGES.issuperset(release.update)),
         ("metrics", programs and release.metrics.minimum),
-        ("statistics", _may(asked, policy.use.statistics) and release.statistics),
     ]
     for what, asked_for in refused:
         if asked_for:
             yield f"No {what}: the policy would let them out, and this version refuses them, since it cannot make them."
+    if _may(asked, policy.use.statistics) and release.statistics:
+        yield _priced(policy.budget)
     if programs and release.update and STAGES.issuperset(release.update):
         yield f"May take updates that passed {_piped(release.update)}."
+
+
+def _priced(budget: Budget) -> str:
+    """What statistics one may have, in words."""
+    if not budget.epsilon:
+        return "No statistics: the policy would let them out, and [budget] has nothing to pay for them."
+    return (
+        "May have statistics, noised by your worker's own code, until all that were ever made of this data, for "
+        f"whomever, cost epsilon {budget.epsilon:g} for each {budget.unit}."
+    )
 
 
 def _when(time: datetime) -> str:

@@ -49,12 +49,14 @@ from ..wire.messages import (
     Run,
     Search,
     Seed,
+    Statistics,
     Status,
     Submit,
     Tag,
     Types,
     Value,
 )
+from . import statistics
 from .catalogue import Catalogue
 from .device import at_home, home
 from .gate import Gate, Opening, Question, Uses, Who, counted
@@ -303,6 +305,8 @@ class WorkerSession:
                 self._load(message)
             case Mock(name=name):
                 results.append(self._mock(name))
+            case Statistics():
+                results.append(statistics.answer(self.worker.catalogue, self.worker.gate, self.who, message))
             case Clear():
                 self.store.clear()
                 self.submissions.clear()
