@@ -1,8 +1,8 @@
 """Processes that keep a ledger and kill themselves (SIGKILL) at a chosen write or fsync.
 
-For every such point, `python ledger_crashes.py FOLDER` forks a child that works in a folder of its own. What the
-ledger acknowledged the child notes in `acknowledged` beside it, what it was about to ask for in `begun`: with plain
-writes, which outlive a kill.
+For every such point, `python ledger_crashes.py FOLDER STORY` forks a child that plays a story in a folder of its own:
+"entries", or "statistics". What the ledger acknowledged the child notes in `acknowledged` beside it, what it was about
+to ask for in `begun`: with plain writes, which outlive a kill.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ import os
 import shutil
 import signal
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+from housecall.worker.gate import Gate, Who
 from housecall.worker.ledger import Entry, Kind, Ledger
+from housecall.worker.policy import Budget, Policy, Release, Use
 
 MODES = ("before", "half", "after")
 FILE_BYTES = 1_200  # two entries or three: files change within the story
+STATISTICS = Policy(use=Use(statistics=("me",)), release=Release(statistics=True), budget=Budget(epsilon=100))
 
 
 class Killer:
@@ -65,14 +70,33 @@ def story(folder: Path, killer: Killer) -> None:
     ledger.close()
 
 
-def killed(folder: Path, at: int, mode: str) -> bool:
+def statistics(folder: Path, killer: Killer) -> None:
+    """Statistics that cost 1, 2, 4 ... of epsilon: each is paid, and then answered."""
+    ledger = Ledger(folder, file_bytes=FILE_BYTES, write=killer.write, sync=killer.sync)
+    gate = Gate({"heart": STATISTICS}, ledger=ledger)
+    for number in range(6):
+        cost = 2.0**number
+        note(folder, "begun", f"paid {cost}")
+        paid = gate.statistics(Who("me", "scientist"), "heart", "record", lambda: "the data", cost, "a mean")
+        note(folder, "acknowledged", f"{paid.sequence} paid {cost}")
+        gate.answered(Who("me", "scientist"), "heart", paid)
+        note(folder, "acknowledged", f"{paid.sequence} answered {cost}")
+    ledger.close()
+
+
+STORIES = {"entries": story, "statistics": statistics}
+
+
+def killed(play: Callable[[Path, Killer], None], folder: Path, at: int, mode: str) -> bool:
     """Whether a child that plays the story there was killed; otherwise there is no such point any more."""
     child = os.fork()
     if not child:
         code = 1
         try:
-            story(folder, Killer(at, mode))
+            play(folder, Killer(at, mode))
             code = 0
+        except Exception:
+            traceback.print_exc()
         finally:
             os._exit(code)
     status = os.waitpid(child, 0)[1]
@@ -80,23 +104,23 @@ def killed(folder: Path, at: int, mode: str) -> bool:
     return os.WIFSIGNALED(status)
 
 
-def main(root: Path) -> None:
+def main(root: Path, play: Callable[[Path, Killer], None]) -> None:
     for mode in MODES:
         at = 1
         while True:
             folder = root / f"{mode}-{at:03}"
             folder.mkdir(mode=0o700)
-            if not killed(folder, at, mode):
+            if not killed(play, folder, at, mode):
                 shutil.rmtree(folder)
                 break
             # ... and some again, while the next process repairs what this one left.
             for again in range(1, 9) if mode == "half" and at % 5 == 0 else ():
                 twice = root / f"twice-{at:03}-{again}"
                 shutil.copytree(folder, twice)
-                killed(twice, again, mode)
+                killed(play, twice, again, mode)
             at += 1
         print(mode, at - 1)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), STORIES[sys.argv[2]])

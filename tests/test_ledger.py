@@ -37,6 +37,8 @@ from housecall.worker.config import Config
 from housecall.worker.heads import Countersigned, Head, Signer, countersign, statement
 from housecall.worker.journal import LAG, MAX_LINE, Line
 from housecall.worker.ledger import Account, Entry, Ledger, Privacy, Sealed
+from housecall.worker.policy import Budget
+from housecall.worker.spending import Spending, recount
 
 NOON = datetime(2030, 1, 2, 12, 0, 0, 5, tzinfo=UTC)
 RELEASE = Entry(
@@ -567,11 +569,10 @@ def test_more_heads_than_a_crash_loses_were_cut_off(tmp_path: Path) -> None:
         Ledger(tmp_path)
 
 
-@pytest.fixture(scope="session")
-def crashes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("crashes")
+def crashes(root: Path, story: str) -> Path:
+    """Folders with what is left of a story that was killed at every write and sync."""
     script = Path(__file__).with_name("ledger_crashes.py")
-    done = subprocess.run([sys.executable, script, root], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, root, story], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     counts = dict(line.split() for line in done.stdout.splitlines())
     assert set(counts) == {"before", "half", "after"}
@@ -584,9 +585,9 @@ def noted(folder: Path, name: str) -> list[list[str]]:
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_no_kill_loses_what_was_acknowledged(crashes: Path) -> None:
+def test_no_kill_loses_what_was_acknowledged(tmp_path: Path) -> None:
     kinds = set()
-    for folder in sorted(crashes.iterdir()):
+    for folder in sorted(crashes(tmp_path, "entries").iterdir()):
         acknowledged, begun = noted(folder, "acknowledged"), noted(folder, "begun")
         with Ledger(folder, file_bytes=1_200) as ledger:
             entries = {sealed.sequence: sealed.entry for sealed in ledger.entries()}
@@ -600,6 +601,23 @@ def test_no_kill_loses_what_was_acknowledged(crashes: Path) -> None:
         kinds |= {entry.kind for entry in entries.values()}
         assert Account(folder).verify().entries == len(entries) + 1
     assert kinds == {"run", "release", "recovered"}
+
+
+def test_no_kill_gives_back_what_was_spent(tmp_path: Path) -> None:
+    """The least that may be spent is what was paid for sure, the most what was begun."""
+    answered = set()
+    for folder in sorted(crashes(tmp_path, "statistics").iterdir()):
+        acknowledged, begun = noted(folder, "acknowledged"), noted(folder, "begun")
+        with Ledger(folder, file_bytes=1_200) as ledger:
+            spent = recount(ledger.entries()).get("the data", 0)
+            left = Spending(ledger).left("the data", Budget(epsilon=1_000))
+            released = {sealed.entry.of for sealed in ledger.entries() if sealed.entry.kind == "release"}
+        least = sum(float(cost) for _, what, cost in acknowledged if what == "paid")
+        assert least <= spent <= sum(float(cost) for _, cost in begun), folder
+        assert left == 1_000 - spent
+        assert {int(of) for of, what, _ in acknowledged if what == "answered"} <= released, folder
+        answered |= released
+    assert len(answered) >= 6
 
 
 # -- whoever changes it is found --------------------------------------------------------------------------------------

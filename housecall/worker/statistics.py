@@ -68,13 +68,17 @@ def answer(catalogue: Catalogue, gate: Gate, who: Who, message: Statistics, belo
     check(owned, asked, epsilon)
     paid = gate.statistics(who, name, owned.unit, lambda: catalogue.content(name), epsilon, words(asked))
     whole = catalogue.whole(name)
-    if whole.identity != identity:
-        raise PolicyError(f"data set '{name}' was removed or replaced meanwhile: look it up anew")
+    _check_same(name, identity, whole.identity)
     persons = next((whole.columns[column] for column in owned.withheld), None)
     column = _Column(whole.columns[asked.column], asked.index) if asked.column else None
     values, scale = _MADE[asked.kind, owned.unit](_Data(owned.count, column, persons), asked, exact(epsilon), below)
     gate.answered(who, name, paid)
     return Noised(tuple([float(value) for value in values]), float(scale), gate.left(name, paid))
+
+
+def _check_same(name: str, decided: str, found: str) -> None:
+    if found != decided:
+        raise PolicyError(f"data set '{name}' was removed or replaced meanwhile: look it up anew")
 
 
 # -- what can be asked ----------------------------------------------------------------------------------------

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from fractions import Fraction
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from housecall.errors import PolicyError
 from housecall.program import forecast, ops
 from housecall.program.ops import _parse
 from housecall.program.run import _runner, execute
@@ -25,14 +28,18 @@ from housecall.worker import (
     policies,
     policy,
     private,
+    spending,
+    statistics,
     store,
     submission,
 )
 from housecall.worker.approvals import Approval, Request, Requests
 from housecall.worker.catalogue import Catalogue
 from housecall.worker.gate import Gate, Opening, Uses
+from housecall.worker.ledger import Entry, Sealed
 from housecall.worker.limits import Meter
 from housecall.worker.policy import Decision
+from housecall.worker.spending import Spending
 from housecall.worker.store import Store
 from housecall.worker.submission import BROUGHT, Origin, Submission, Submissions
 from housecall.worker.worker import WorkerSession
@@ -202,6 +209,39 @@ def _made_of_storages(self: Submissions, origin: Origin, program: Any, inputs: A
 _source, _made = Submissions._source, Submissions.made
 
 
+def _nothing_spent(self: Spending, identity: str) -> Fraction:
+    self._sums = {}
+    return Fraction()
+
+
+def _unpaid(self: Spending, *args: Any) -> Sealed:
+    return Sealed(1, datetime(2026, 1, 1, tzinfo=UTC), "0" * 64, Entry("reserve"), "0" * 128)
+
+
+def _of_floats(total: int, scale: Fraction, below: Any) -> Any:
+    return total + float(scale) * math.log(random.Random(1).random())
+
+
+def _unclamped(self: Any, values: torch.Tensor) -> torch.Tensor:
+    return (values / self.step).to(torch.int64)
+
+
+def _each_record(data: Any, *args: Any) -> Any:
+    """A person adds as much as her records do."""
+    return statistics._sum(data, *args)
+
+
+def _before_the_rules(self: Gate, who: Any, name: str, unit: Any, data: Any, epsilon: float, what: str) -> Sealed:
+    assert self.spending is not None
+    budget = self.policies[name].budget
+    if epsilon > self.spending.left(data(), budget):
+        raise PolicyError(f"{self.spending.left(data(), budget)} is left")
+    return _paid(self, who, name, unit, data, epsilon, what)
+
+
+_paid = Gate.statistics
+
+
 _TABLE = {
     **ops.table(),
     **{
@@ -291,6 +331,18 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "chain": (patch.object(Submissions, "after", _after_alone),),
     "of slots": (patch.object(Submissions, "made", _made_of_storages),),
     "still good": (patch.object(Requests, "lets_out", lambda *args: True),),
+    "spent": (patch.object(Spending, "_spent", _nothing_spent),),
+    "content": (patch.object(Catalogue, "content", Catalogue.identity),),
+    "recounted": (patch.object(spending, "recount", lambda entries: {}),),
+    "paid": (patch.object(Spending, "reserve", _unpaid), patch.object(Gate, "answered", lambda *args: None)),
+    "answered": (patch.object(Gate, "answered", lambda *args: None),),
+    "offered": (patch.object(statistics, "_check_column", lambda *args: None),),
+    "same data": (patch.object(statistics, "_check_same", lambda *args: None),),
+    "noise": (patch.object(statistics, "noised", lambda total, scale, below: total),),
+    "whole steps": (patch.object(statistics, "noised", _of_floats),),
+    "clamped": (patch.object(statistics._Grid, "steps", _unclamped),),
+    "one contribution": (patch.dict(statistics._MADE, {("sum", "person"): _each_record}),),
+    "refused alike": (patch.object(Gate, "statistics", _before_the_rules),),
     "limits": (patch.object(limits, "_number", lambda limit: math.inf),),
     "table": (patch.object(ops, "table", lambda: _TABLE),),
 }
