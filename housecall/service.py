@@ -54,6 +54,7 @@ from .worker.owner import gate_of
 from .worker.policies import POLICY_FOLDER
 from .worker.seat import Standing
 from .worker.signing import KEY_FILE, PUBLIC_FILE
+from .worker.statistics import budgets
 from .worker.worker import Worker
 
 __all__ = ["STATUS_FILE", "Service", "confine", "main", "run"]
@@ -185,8 +186,17 @@ class Service:
             ],
             "busy_s": round(self.host.turns.busy_s, 3),
             "counters": dict(self.host.counters),
+            "budgets": self._budgets(),
             "sandbox": [one._asdict() for one in self.sandbox.protections] if self.sandbox is not None else [],
         }
+
+    def _budgets(self) -> dict[str, str]:
+        """What is spent of each data set's budget; nothing if the ledger cannot be read, which other lines say."""
+        worker = self.host.worker
+        try:
+            return budgets(worker.catalogue, worker.gate)
+        except HousecallError as error:
+            return {"all": f"unknown: {error}"}
 
     def _certificate(self) -> dict[str, Any] | None:
         """How its certificate stands: a worker whose authority cannot be reached says so while there is time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -14,8 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import housecall as hc
+from housecall.cli.main import app
+from housecall.cli.status import read_status
 from housecall.errors import LedgerError, PolicyError, UsageError
 from housecall.wire.messages import Noised, Statistic, Statistics
 from housecall.worker import statistics as module
@@ -375,3 +379,36 @@ def test_data_that_was_replaced_meanwhile_is_not_answered() -> None:
     catalogue.whole = replaced  # type: ignore[method-assign]  # so it happens between the decision and the reading
     with pytest.raises(PolicyError, match="removed or replaced meanwhile"):
         ask(catalogue, gate, 0.5)
+
+
+# -- told to the owner ----------------------------------------------------------------------------------------
+
+
+def test_an_owner_is_told_what_is_spent_and_what_is_left(cluster: hc.LocalCluster) -> None:
+    clinic = cluster["clinic"]
+    folder = str(clinic.folder)
+    clinic.add("told", x=X * 2, policy=open_to(epsilon=3))
+    clinic.add("gone", x=X * 3, policy=open_to(epsilon=3))
+    for name in ("told", "gone"):
+        clinic.dataset(name).statistics(hc.Count("x", 0, 9), epsilon=0.75)
+    Catalogue(folder).remove("gone")
+    told = "epsilon 0.75 of 3 is spent for each record, 2.25 is left"
+    shown = CliRunner().invoke(app, ["worker", "ledger", "--folder", folder]).output
+    assert f"budget of told: {told}" in shown
+    assert "data that is not here any more, or was replaced: epsilon 0.75 in all" in shown
+    explained = CliRunner().invoke(app, ["worker", "policy", "explain", "told", "--folder", folder]).output
+    assert "May have statistics" in explained
+    assert explained.endswith(f"budget of told: {told}\n")
+    while "told" not in (read_status(clinic.folder) or {}).get("budgets", {}):
+        time.sleep(0.1)  # it says something each second
+    status = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["worker", "status", "--folder", folder]).output
+    assert f"budget of 'told': {told}" in status
+
+
+def test_a_budget_that_was_lowered_below_what_is_spent_has_nothing_left() -> None:
+    catalogue, gate = made(epsilon=1)
+    ask(catalogue, gate, 0.75)
+    lowered = Gate({"heart": open_to(epsilon=0.5)}, ledger=gate.ledger)
+    assert module.budgets(catalogue, lowered) == {"heart": "epsilon 0.75 of 0.5 is spent for each record, 0 is left"}
+    with pytest.raises(PolicyError, match=r"has 0 left of a budget of epsilon 0\.5"):
+        ask(catalogue, lowered, 0.1)

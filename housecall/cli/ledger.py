@@ -18,6 +18,7 @@ from ..errors import LedgerError, UsageError
 from ..identity.certificate import Identity, utc_now
 from ..worker.heads import Countersigned, Head, countersign, read_text
 from ..worker.ledger import Account, Entry, Sealed
+from ..worker.signing import public_key
 from .worker import Folder, worker_folder
 
 __all__ = ["ledger"]
@@ -59,7 +60,9 @@ def ledger(
     elif verify or extends:
         _verify(account, extends or (), as_json)
     else:
-        _show(account, last, as_json)
+        spent = _show(account, last, as_json)
+        if spent and not as_json:
+            _show_budgets(worker_folder(folder))
 
 
 def _countersigned(path: Path, identity: Path | None) -> Countersigned:
@@ -95,12 +98,14 @@ def _verify(account: Account, extends: list[Path] | tuple[()], as_json: bool) ->
     )
 
 
-def _show(account: Account, last: int | None, as_json: bool) -> None:
-    """What is right is shown, then the error of the first line that is wrong."""
+def _show(account: Account, last: int | None, as_json: bool) -> bool:
+    """What is right is shown, then the error of the first line that is wrong. Whether some of a budget was spent."""
+    spent = False
     shown: deque[Sealed] = deque(maxlen=last)
     error: LedgerError | None = None
     try:
         for sealed in account.entries():
+            spent = spent or sealed.entry.kind == "reserve"
             if as_json and not last:
                 typer.echo(msgspec.json.encode(sealed).decode())
             else:
@@ -114,6 +119,15 @@ def _show(account: Account, last: int | None, as_json: bool) -> None:
         Console().print(_table(shown))
     if error is not None:
         raise error
+    return spent
+
+
+def _show_budgets(place: Path) -> None:
+    """What is spent of each budget, and what is left."""
+    from ._budgets import budgets  # torch is imported here, so that a ledger without any is shown quickly
+
+    for line in budgets(place, public_key(place)):
+        typer.echo(f"budget of {line}")
 
 
 def _table(entries: deque[Sealed]) -> Table:

@@ -77,6 +77,11 @@ def explain(
         typer.secho(f"{what} '{who}'" if who else f"any other {what}", bold=True)
         for line in explained(policy, who, what, _now()):
             typer.echo(f"  {line}")
+    if policy.budget.epsilon:
+        from ._budgets import budgets  # torch is imported here, so that other policies are explained quickly
+
+        for line in budgets(place, _public(place), only=name):
+            typer.echo(f"budget of {line}")
 
 
 @app.command()

@@ -90,6 +90,8 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     )
     for line in _troubles(found):
         console.print(line)
+    for name, said in found.get("budgets", {}).items():
+        console.print(escape(f"budget of '{name}': {said}"))
     for line in _sandbox(found.get("sandbox", ())):
         console.print(line)
     if not found["sessions"]:

@@ -148,9 +148,10 @@ class Catalogue:
         """What the elements under this name are called, whatever the name: the same for the same elements, protected
         alike. For a set in memory they are gone over once. Raises as `columns` does."""
         with self._lock:
+            entry = self._known(name)[1]
+            if entry.stat is not None:
+                return entry.identity
             owned, columns, identity = self._found(name, self._columns, "elements")
-            if self._known(name)[1].stat is not None:
-                return identity
             if identity not in self._contents:
                 self._contents[identity] = _content(owned, columns)
             return self._contents[identity]

@@ -32,7 +32,7 @@ from ..types import Unit
 from .ledger import Entry, Ledger, Privacy, Sealed
 from .policy import Budget
 
-__all__ = ["Spending", "exact", "recount"]
+__all__ = ["Spending", "exact", "recount", "told"]
 
 
 class Spending:
@@ -45,8 +45,12 @@ class Spending:
 
     def left(self, identity: str, budget: Budget) -> float:
         """What is left of a budget for the data of this identity, 0 if more is spent than it has."""
+        return float(max(Fraction(), exact(budget.epsilon) - self.spent(identity)))
+
+    def spent(self, identity: str) -> Fraction:
+        """What was spent of the data of this identity, by anybody. Raises `LedgerError` for one that was changed."""
         with self._lock:
-            return float(max(Fraction(), exact(budget.epsilon) - self._spent(identity)))
+            return self._spent(identity)
 
     def reserve(self, entry: Entry, identity: str, budget: Budget, unit: Unit, epsilon: float) -> Sealed:
         """Spend epsilon of the budget for this data, protected by `unit`, and write `entry` of it: when this returns it
@@ -98,6 +102,12 @@ def recount(entries: Iterable[Sealed]) -> dict[str, Fraction]:
         if entry.kind == "reserve" and entry.privacy is not None and entry.identity is not UNSET:
             sums[entry.identity] = sums.get(entry.identity, Fraction()) + exact(entry.privacy.epsilon)
     return sums
+
+
+def told(budget: Budget, spent: Fraction) -> str:
+    """What is spent of a budget, and what is left, in words."""
+    left = float(max(Fraction(), exact(budget.epsilon) - spent))
+    return f"epsilon {float(spent):.12g} of {budget.epsilon:.12g} is spent for each {budget.unit}, {left:.12g} is left"
 
 
 def exact(value: float) -> Fraction:

@@ -32,6 +32,7 @@ NOTE [What each costs], per epsilon: the scale of its Laplace noise, in units of
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import secrets
@@ -40,16 +41,17 @@ from fractions import Fraction
 
 import torch
 
-from ..errors import PolicyError, UsageError
+from ..errors import DataError, PolicyError, UsageError
 from ..program.typing import DTYPES
 from ..wire.messages import Noised, Statistic, Statistics
 from .catalogue import Catalogue
 from .gate import Gate, Who
 from .noise import Below, noised
 from .owned import Owned
-from .spending import exact
+from .policy import DENY
+from .spending import exact, told
 
-__all__ = ["EPSILON", "MOST_EDGES", "answer", "check", "words"]
+__all__ = ["EPSILON", "MOST_EDGES", "answer", "budgets", "check", "words"]
 
 EPSILON = (1e-6, 1e6)  # least and greatest of one statistic
 MOST_EDGES = 10_001
@@ -74,6 +76,17 @@ def answer(catalogue: Catalogue, gate: Gate, who: Who, message: Statistics, belo
     values, scale = _MADE[asked.kind, owned.unit](_Data(owned.count, column, persons), asked, exact(epsilon), below)
     gate.answered(who, name, paid)
     return Noised(tuple([float(value) for value in values]), float(scale), gate.left(name, paid))
+
+
+def budgets(catalogue: Catalogue, gate: Gate) -> dict[str, str]:
+    """What is spent of each data set's budget, and what is left, in words, for the owner. Raises `LedgerError`."""
+    found = {}
+    for name in catalogue.names() if gate.spending is not None else ():
+        budget = gate.policies.get(name, DENY).budget
+        if budget.epsilon and gate.spending is not None:
+            with contextlib.suppress(DataError):  # it was removed meanwhile
+                found[name] = told(budget, gate.spending.spent(catalogue.content(name)))
+    return found
 
 
 def _check_same(name: str, decided: str, found: str) -> None:
