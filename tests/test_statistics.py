@@ -20,14 +20,16 @@ from typer.testing import CliRunner
 import housecall as hc
 from housecall.cli.main import app
 from housecall.cli.status import read_status
-from housecall.errors import LedgerError, PolicyError, UsageError
-from housecall.wire.messages import Noised, Statistic, Statistics
+from housecall.errors import DataError, LedgerError, PolicyError, UsageError
+from housecall.wire.messages import Frame, Noised, Statistic, Statistics
 from housecall.worker import statistics as module
 from housecall.worker.catalogue import Catalogue
 from housecall.worker.gate import Gate, Who
 from housecall.worker.ledger import Ledger
+from housecall.worker.limits import Limits
 from housecall.worker.noise import laplace
 from housecall.worker.policy import Budget, Policy, Release, Use
+from housecall.worker.worker import Worker
 
 ME = Who("me", "scientist")
 X = torch.arange(1000.0) % 100
@@ -366,6 +368,28 @@ def test_a_budget_of_another_unit_pays_nothing() -> None:
     catalogue, _ = made()
     with pytest.raises(PolicyError, match="counts its budget by person, and the data protects each record"):
         ask(catalogue, Gate({"heart": open_to(unit="person")}, ledger=Ledger()), 0.5)
+
+
+def test_a_failure_says_nothing_of_the_data(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    catalogue, gate = made()
+
+    def fails(*args: Any) -> Any:
+        raise RuntimeError("element 7 is 42")
+
+    monkeypatch.setitem(module._MADE, ("mean", "record"), fails)
+    with pytest.raises(DataError, match="could not be made; the details are in the owner's log") as caught:
+        ask(catalogue, gate, 0.5)
+    assert "42" not in str(caught.value)
+    assert "element 7 is 42" in caplog.text
+
+
+def test_a_session_that_has_no_time_left_asks_in_vain() -> None:
+    catalogue, gate = made()
+    door = Worker("clinic", Limits(compute_s=0.0), catalogue=catalogue, gate=gate).open("me")
+    (failure,) = door.handle(Frame(1, (Statistics("heart", Statistic("mean", "x", (0.0, 1.0)), 0.5),))).failures
+    assert "used up its 0 s of computing time" in failure.reason
+    assert gate.ledger is not None
+    assert list(gate.ledger.entries()) == []
 
 
 def test_data_that_was_replaced_meanwhile_is_not_answered() -> None:

@@ -219,13 +219,16 @@ class Meter:
             return error
         return ProgramError(f"{call.op}: an argument is no value of this session")
 
+    def _late(self, name: str) -> LimitError:
+        return LimitError(
+            f"{name} was not run: this session has used up its {self.limits.compute_s:,g} s of computing time; what it "
+            "holds can still be fetched"
+        )
+
     def _refusal(self, call: Call, coming: Forecast) -> LimitError:
         name, store, limits = call.op, self._store, self.limits
         if self.spent >= self._compute_s:
-            return LimitError(
-                f"{name} was not run: this session has used up its {limits.compute_s:,g} s of computing time; what it "
-                "holds can still be fetched"
-            )
+            return self._late(name)
         if coming.flops > self._call_flops:
             return LimitError(
                 f"{name} would take some {coming.flops:.1e} operations, and one call may take {limits.call_flops:.1e}: "
@@ -288,6 +291,11 @@ class Meter:
         """Refuse a value that would make the reply too large: views are filled up before they leave."""
         rows = zip(value.shape, value.stride(), strict=True)
         self._leaves("fetch", math.prod(n for n, step in rows if step) * value.element_size())
+
+    def check_time(self, what: str) -> None:
+        """Refuse what is no call and takes time, if there is none left."""
+        if self.spent >= self._compute_s:
+            raise self._late(what)
 
     def check_found(self, found: Found) -> None:
         """Refuse an answer that would make the reply too large."""

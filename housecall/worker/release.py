@@ -2,21 +2,35 @@
 
 What a session's own principal sent, or computed from that alone, is hers and leaves freely. What derives from owned
 data leaves if the gate says so: by label, policy and who asks, never by the value, which is not looked at before. The
-gate has written the owner's ledger, to the disk, when it says yes; if it cannot, it says no.
+gate has written the owner's ledger, to the disk, when it says yes; if it cannot, it says no. Statistics that the
+owner's own code has made of it, and noised, leave once their cost is in the ledger: `release_noised`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 
 from ..errors import HousecallError
 from ..transport.arrays import share
-from ..wire.messages import Array, Failure
-from .gate import Opening, Question
+from ..wire.messages import Array, Failure, Noised
+from .gate import Gate, Opening, Question, Who
+from .ledger import Sealed
 from .private import FAILED
 from .store import Cell
 
-__all__ = ["release"]
+__all__ = ["release", "release_noised"]
+
+
+def release_noised(
+    values: Sequence[Fraction | int], scale: Fraction | float, gate: Gate, who: Who, name: str, paid: Sealed
+) -> Noised:
+    """A statistic of a data set, on its way out: `paid` is the entry of the ledger that has its cost. Another says, on
+    the disk, that it leaves. Raises `LedgerError` if it cannot be written, and then nothing does."""
+    gate.answered(who, name, paid)
+    return Noised(tuple([float(value) for value in values]), float(scale), gate.left(name, paid))
 
 
 def release(value: torch.Tensor, cell: Cell | None, opening: Opening, question: Question) -> Array | Failure:

@@ -20,6 +20,11 @@ histogram, the bin of her first record in the order of the data set, since a pla
 than, say, her largest value would. NaN counts as the lower bound in sums and means, and as within nothing in counts
 and histograms: dropping it would make the number of records, by which a mean is divided, depend on elements.
 
+NOTE [Time]
+Clamping, rounding and adding take as long whatever the elements are. Sorting persons, and finding the bins of what is
+within the edges, do not quite; nor does drawing the noise, which tells of the noise. Whoever asks can measure all of it
+together, coarsely.
+
 NOTE [What each costs], per epsilon: the scale of its Laplace noise, in units of what one contribution can change
 - count: 1. A unit that is replaced, or gone, changes it by 1.
 - histogram: 2 in each bin. One that is replaced leaves a bin and enters another; all bins are one release.
@@ -34,9 +39,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import torch
@@ -49,10 +55,14 @@ from .gate import Gate, Who
 from .noise import Below, noised
 from .owned import Owned
 from .policy import DENY
+from .release import release_noised
 from .spending import exact, told
 
 __all__ = ["EPSILON", "MOST_EDGES", "answer", "budgets", "check", "words"]
 
+log = logging.getLogger(__name__)
+
+FAILED = "the statistic could not be made; the details are in the owner's log"
 EPSILON = (1e-6, 1e6)  # least and greatest of one statistic
 MOST_EDGES = 10_001
 _LARGEST = 1e30  # of a bound; larger ones would overflow sums of float64
@@ -71,11 +81,20 @@ def answer(catalogue: Catalogue, gate: Gate, who: Who, message: Statistics, belo
     paid = gate.statistics(who, name, owned.unit, lambda: catalogue.content(name), epsilon, words(asked))
     whole = catalogue.whole(name)
     _check_same(name, identity, whole.identity)
-    persons = next((whole.columns[column] for column in owned.withheld), None)
-    column = _Column(whole.columns[asked.column], asked.index) if asked.column else None
-    values, scale = _MADE[asked.kind, owned.unit](_Data(owned.count, column, persons), asked, exact(epsilon), below)
-    gate.answered(who, name, paid)
-    return Noised(tuple([float(value) for value in values]), float(scale), gate.left(name, paid))
+    try:
+        values, scale = _made(owned, whole.columns, asked, exact(epsilon), below)
+    except Exception as error:  # whatever it is, it stays here: its text could have elements
+        log.warning("a statistic of '%s' failed (%s): %s: %s", name, words(asked), type(error).__name__, error)
+        raise DataError(FAILED) from None
+    return release_noised(values, scale, gate, who, name, paid)
+
+
+def _made(
+    owned: Owned, columns: Mapping[str, torch.Tensor], asked: Statistic, epsilon: Fraction, below: Below
+) -> _Made:
+    persons = next((columns[column] for column in owned.withheld), None)
+    column = _Column(columns[asked.column], asked.index) if asked.column else None
+    return _MADE[asked.kind, owned.unit](_Data(owned.count, column, persons), asked, epsilon, below)
 
 
 def budgets(catalogue: Catalogue, gate: Gate) -> dict[str, str]:
@@ -231,7 +250,7 @@ class _Grid:
         return (clamped / self.step).round().to(torch.int64)
 
 
-_Made = tuple[list[Fraction | int], Fraction | float]  # values, and the scale of their noise
+_Made = tuple[Sequence[Fraction | int], Fraction | float]  # values, and the scale of their noise
 
 
 def _count(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:

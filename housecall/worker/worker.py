@@ -306,6 +306,8 @@ class WorkerSession:
             case Mock(name=name):
                 results.append(self._mock(name))
             case Statistics():
+                if meter is not None:
+                    meter.check_time("statistics")
                 results.append(statistics.answer(self.worker.catalogue, self.worker.gate, self.who, message))
             case Clear():
                 self.store.clear()
