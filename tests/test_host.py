@@ -584,6 +584,7 @@ def test_refusals_without_end_fill_no_ledger() -> None:
 
     class Pages:
         append = staticmethod(written.append)
+        entries = staticmethod(tuple)
 
     gate = Gate(ledger=Pages(), now=lambda: now[0])  # type: ignore[arg-type]
 

@@ -185,6 +185,20 @@ def test_a_column_is_gone_over_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.values[0] == pytest.approx(49.5, abs=1e-3)
 
 
+@given(st.integers(1, 20_000), st.sampled_from([-1, 1]))
+def test_sums_that_are_far_from_zero_do_not_wrap(people: int, sign: int) -> None:
+    catalogue, recorded = Catalogue(), Recorded()
+    bounds = tuple(sorted((sign * 1e9, sign * (1e9 + 1.5))))
+    x = torch.full((people,), sign * 1e9 + sign, dtype=torch.float64)
+    catalogue.register("heart", {"x": x, "who": torch.arange(people)}, unit="person", person="who")
+    gate = Gate({"heart": open_to(unit="person")}, ledger=Ledger())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "noised", recorded)
+        found = module.answer(catalogue, gate, ME, Statistics("heart", Statistic("sum", "x", bounds), 1.0))
+    assert found.values[0] == pytest.approx(people * sign * (1e9 + 1), rel=1e-12)
+    assert abs(recorded[0][0]) <= people * recorded[0][1]
+
+
 # -- as it is asked for ---------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ NOTE [Releases that are not offered]
 "The mean over at least k records" is not a release. Two such means whose records differ by one person give that
 person's value by subtraction (a differencing attack: Dinur and Nissim 2003; Dwork and Roth 2014, section 1.1), and a
 program can make a mean of k records out of one record and k - 1 constants. A minimum count counts only for `metrics`,
-where the owner's own evaluation loop chooses the records, never a scientist's program; that loop is not here yet.
+where the owner's own evaluation loop chooses the records, never a scientist's program; that loop is not here yet. The
+means that do leave are `statistics`: of all records, made and noised by the owner's own code, paid from a budget.
 
 NOTE [Several owners]
 A value that derives from several data sets leaves only if each of their policies lets it. The first refusal, in the

@@ -36,19 +36,21 @@ __all__ = ["Spending", "exact", "recount", "told"]
 
 
 class Spending:
-    """What is spent of the budgets of one worker's data sets; one for each ledger, for all of its threads."""
+    """What is spent of the budgets of one worker's data sets; one for each ledger, for all of its threads.
+
+    The ledger is read through once, here, before anybody else writes it. Raises `LedgerError` if it was changed."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._lock = threading.Lock()
-        self._sums: dict[str, Fraction] | None = None  # by identity; of the ledger, which is read when first asked
+        self._sums = recount(ledger.entries())  # by identity
 
     def left(self, identity: str, budget: Budget) -> float:
         """What is left of a budget for the data of this identity, 0 if more is spent than it has."""
         return float(max(Fraction(), exact(budget.epsilon) - self.spent(identity)))
 
     def spent(self, identity: str) -> Fraction:
-        """What was spent of the data of this identity, by anybody. Raises `LedgerError` for one that was changed."""
+        """What was spent of the data of this identity, by anybody."""
         with self._lock:
             return self._spent(identity)
 
@@ -73,10 +75,8 @@ class Spending:
                     f"has {left:.12g} left of a budget of epsilon {budget.epsilon:.12g} for each {unit}, and this "
                     f"costs {epsilon:.12g}"
                 )
-            sums = self._sums
-            assert sums is not None  # `_spent` has read them
             # Counted before it is written: if that fails nobody knows whether it was.
-            sums[identity] = spent + cost
+            self._sums[identity] = spent + cost
             return self._ledger.append(
                 Entry(
                     "reserve",
@@ -89,8 +89,6 @@ class Spending:
             )
 
     def _spent(self, identity: str) -> Fraction:
-        if self._sums is None:
-            self._sums = recount(self._ledger.entries())
         return self._sums.get(identity, Fraction())
 
 

@@ -98,7 +98,7 @@ def _made(
 
 
 def budgets(catalogue: Catalogue, gate: Gate) -> dict[str, str]:
-    """What is spent of each data set's budget, and what is left, in words, for the owner. Raises `LedgerError`."""
+    """What is spent of each data set's budget, and what is left, in words, for the owner."""
     found = {}
     for name in catalogue.names() if gate.spending is not None else ():
         budget = gate.policies.get(name, DENY).budget
@@ -286,7 +286,9 @@ def _persons_sum(data: _Data, asked: Statistic, epsilon: Fraction, below: Below)
     low, high = math.ceil(grid.lower / grid.step), math.floor(grid.upper / grid.step)
     sums = data.per_person((grid.unclamped(chunk) for chunk in data.column.chunks()), "sum").clamp(low, high)
     scale = Fraction(max(abs(low), abs(high), high - low)) / epsilon
-    return [noised(int(sums.sum()), scale, below) * Fraction(grid.step)], scale * Fraction(grid.step)
+    # In two parts: the sum of many that are far from zero does not fit into 64 bits.
+    total = (int((sums >> 32).sum()) << 32) + int((sums & 0xFFFFFFFF).sum())
+    return [noised(total, scale, below) * Fraction(grid.step)], scale * Fraction(grid.step)
 
 
 def _persons_mean(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:

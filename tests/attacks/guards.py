@@ -210,7 +210,6 @@ _source, _made = Submissions._source, Submissions.made
 
 
 def _nothing_spent(self: Spending, identity: str) -> Fraction:
-    self._sums = {}
     return Fraction()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from fractions import Fraction
 from queue import SimpleQueue
 
 import pytest
@@ -18,11 +19,24 @@ from housecall.transport.line import Line
 from housecall.transport.parcel import Assembler, is_control, packed
 from housecall.transport.stream import PROTOCOL
 from housecall.types import Ref
-from housecall.wire.messages import Array, Fetch, Frame, Hello, Load, Put, Refused, Reply, Status, Welcome
+from housecall.wire.messages import (
+    Array,
+    Fetch,
+    Frame,
+    Hello,
+    Load,
+    Put,
+    Refused,
+    Reply,
+    Statistic,
+    Statistics,
+    Status,
+    Welcome,
+)
 from housecall.wire.packets import control, read_control
 from housecall.worker.host import Host
 from housecall.worker.owner import Owner
-from housecall.worker.policy import Policy
+from housecall.worker.policy import Budget, Policy, Release, Use
 from housecall.worker.worker import Worker
 
 
@@ -76,6 +90,24 @@ def test_a_replayed_frame_is_done_once(host: Host) -> None:
         assert isinstance(reply, Reply)
     assert reply.number == 3  # type: ignore[union-attr]
     assert torch.equal(host.seats[0].door.store[5], torch.ones(2))
+    peer.close()
+
+
+def test_a_replayed_question_for_a_statistic_is_paid_once(host: Host) -> None:
+    """The same answer may come again, never another with noise drawn anew."""
+    gate = host.worker.gate
+    rules = Policy(use=Use(statistics=("*",)), release=Release(statistics=True), budget=Budget(epsilon=1))
+    gate.policies.register("heart", rules)  # type: ignore[attr-defined]  # they are `Policies`
+    peer = Peer(host)
+    for _ in range(3):
+        peer.send(1, Statistics("heart", Statistic("sum", "x", (0.0, 6.0)), 0.25))
+    peer.send(2, Fetch(()))
+    values = set()
+    while (reply := peer.reply()).number < 2:  # type: ignore[union-attr]
+        values |= {result.values for result in reply.results}  # type: ignore[union-attr]
+    assert len(values) == 1
+    assert gate.spending is not None
+    assert gate.spending.spent(host.worker.catalogue.content("heart")) == Fraction("0.25")
     peer.close()
 
 
