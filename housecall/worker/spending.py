@@ -9,9 +9,10 @@ a crash. So what is spent is the sum of what was reserved, and a crash anywhere 
 
 NOTE [Simple composition]
 Costs add up: releases that are epsilon_i-differentially private are (sum epsilon_i)-differentially private together
-(Dwork and Roth 2014, theorem 3.16; adaptively chosen ones too). That is sound and, for many small ones, wasteful. The
-mechanisms here are pure: they spend epsilon, and no delta. Sums are exact, of the decimal numbers as the ledger prints
-them: ten times 0.1 is 1, no matter in what order.
+(Dwork and Roth 2014, theorem 3.16). So they are where whoever asks chooses each question, and what it costs, by the
+answers so far, as long as the sum is held below a limit (Rogers and others 2016, "Privacy odometers and filters"). That
+is sound and, for many small ones, wasteful. The mechanisms here are pure: they spend epsilon, and no delta. Sums are
+exact, of the decimal numbers as the ledger prints them: ten times 0.1 is 1, no matter in what order.
 
 NOTE [Of the data]
 What is spent is spent of the data, whatever it is called: entries name it by the identity of its elements
