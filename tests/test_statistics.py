@@ -431,8 +431,10 @@ def test_an_owner_is_told_what_is_spent_and_what_is_left(cluster: hc.LocalCluste
         clinic.dataset(name).statistics(hc.Count("x", 0, 9), epsilon=0.75)
     Catalogue(folder).remove("gone")
     told = "epsilon 0.75 of 3 is spent for each record, 2.25 is left"
-    shown = CliRunner().invoke(app, ["worker", "ledger", "--folder", folder]).output
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, ["worker", "ledger", "--folder", folder]).output
     assert f"budget of told: {told}" in shown
+    assert "ε 0.75, δ 0 per record" in shown
+    assert "paid: entry" in shown
     assert "data that is not here any more, or was replaced: epsilon 0.75 in all" in shown
     explained = CliRunner().invoke(app, ["worker", "policy", "explain", "told", "--folder", folder]).output
     assert "May have statistics" in explained

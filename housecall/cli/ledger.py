@@ -150,6 +150,8 @@ def _table(entries: deque[Sealed]) -> Table:
 
 def _cost(entry: Entry) -> str:
     cost = entry.privacy
+    if entry.kind == "release" and entry.of is not None:  # so that nobody adds it up twice
+        return f"paid: entry {entry.of}"
     return "" if cost is None else f"ε {cost.epsilon:g}, δ {cost.delta:g} per {cost.unit}"
 
 
