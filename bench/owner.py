@@ -14,7 +14,7 @@ from wire import BATCH, data, remote_step
 
 import housecall as hc
 from housecall.cli._schools import Net
-from housecall.worker.ledger import Entry, Ledger
+from housecall.owner.ledger import Entry, Ledger
 
 
 def labels(epochs: int) -> tuple[float, float, float]:

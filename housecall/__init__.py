@@ -54,6 +54,11 @@ if TYPE_CHECKING:
         WorkerGone as WorkerGone,
     )
     from .identity.certificate import Identity as Identity
+    from .owned.mocks import Fakes as Fakes
+    from .owner.policy import Budget as Budget
+    from .owner.policy import Policy as Policy
+    from .owner.policy import Release as Release
+    from .owner.policy import Use as Use
     from .pointers.data import FederatedDataLoader as FederatedDataLoader
     from .pointers.data import FederatedDataset as FederatedDataset
     from .pointers.hook import TorchHook as TorchHook
@@ -76,21 +81,16 @@ if TYPE_CHECKING:
     from .remote import RemoteWorker as RemoteWorker
     from .remote import connect as connect
     from .virtual import VirtualWorker as VirtualWorker
-    from .worker.mocks import Fakes as Fakes
-    from .worker.policy import Budget as Budget
-    from .worker.policy import Policy as Policy
-    from .worker.policy import Release as Release
-    from .worker.policy import Use as Use
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Budget": "worker.policy",
+    "Budget": "owner.policy",
     "Call": "program.call",
     "CodecError": "errors",
     "Count": "pointers.statistics",
     "DataError": "errors",
-    "Fakes": "worker.mocks",
+    "Fakes": "owned.mocks",
     "FederatedDataLoader": "pointers.data",
     "FederatedDataset": "pointers.data",
     "Histogram": "pointers.statistics",
@@ -107,20 +107,20 @@ _HOME = {
     "OwnedDataset": "pointers.owned",
     "PlaceError": "errors",
     "PointerTensor": "pointers.tensor",
-    "Policy": "worker.policy",
+    "Policy": "owner.policy",
     "PolicyError": "errors",
     "Program": "program.call",
     "ProgramError": "errors",
     "ProtocolError": "errors",
     "Recorded": "pointers.record",
-    "Release": "worker.policy",
+    "Release": "owner.policy",
     "RemoteWorker": "remote",
     "SpentPointerError": "errors",
     "Sum": "pointers.statistics",
     "TorchHook": "pointers.hook",
     "UnknownOperator": "errors",
     "UsageError": "errors",
-    "Use": "worker.policy",
+    "Use": "owner.policy",
     "VirtualWorker": "virtual",
     "WorkerGone": "errors",
     "connect": "remote",

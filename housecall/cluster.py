@@ -26,18 +26,18 @@ import msgspec
 import torch
 
 from .errors import UsageError, WorkerGone
+from .host.config import Config
 from .identity.authority import Authority
 from .identity.certificate import Identity
+from .owned.catalogue import Catalogue
+from .owned.description import check_unit, check_words
+from .owned.mocks import Fakes
+from .owner.policies import POLICY_FOLDER, draft, sign
+from .owner.policy import Policy
+from .owner.signing import OwnerKey
 from .remote import RemoteWorker, reach
 from .sandbox.environment import born_clean
 from .types import Unit
-from .worker.catalogue import Catalogue
-from .worker.config import Config
-from .worker.mocks import Fakes
-from .worker.owned import check_unit, check_words
-from .worker.policies import POLICY_FOLDER, draft, sign
-from .worker.policy import Policy
-from .worker.signing import OwnerKey
 
 __all__ = ["ClusterWorker", "LocalCluster"]
 

@@ -30,30 +30,30 @@ import torch
 
 from . import __version__
 from .errors import HousecallError, IdentityError
+from .host.config import DATA_FOLDER, Config
+from .host.host import Host
+from .host.lock import hold, let_go
+from .host.seat import Standing
 from .identity.certificate import FILE, Principal, principal, server_credentials, utc_now
 from .identity.enrolment import authority_url
 from .identity.keeper import Keeper
 from .identity.names import target
 from .identity.revocation import Revocations
 from .logs import write_logs
+from .owned.catalogue import Catalogue
+from .owner.approvals import REQUEST_FOLDERS
+from .owner.files import make_folder
+from .owner.journal import LEDGER_FOLDER
+from .owner.policies import POLICY_FOLDER
+from .owner.signing import KEY_FILE, PUBLIC_FILE
 from .sandbox.environment import begin_again
 from .sandbox.limits import most_memory_mb
 from .sandbox.process import Needs, enter
 from .sandbox.report import Report
 from .transport.grpc import Address, Listener, is_loopback
-from .worker.approvals import REQUEST_FOLDERS
-from .worker.catalogue import Catalogue
-from .worker.config import DATA_FOLDER, Config
-from .worker.files import make_folder
 from .worker.gate import Gate
-from .worker.host import Host
-from .worker.journal import LEDGER_FOLDER
 from .worker.limits import Limits
-from .worker.lock import hold, let_go
 from .worker.owner import gate_of
-from .worker.policies import POLICY_FOLDER
-from .worker.seat import Standing
-from .worker.signing import KEY_FILE, PUBLIC_FILE
 from .worker.statistics import budgets
 from .worker.worker import Worker
 

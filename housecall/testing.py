@@ -7,7 +7,7 @@
         x = torch.ones(3).send(world.worker)               # a real worker, in this process
 
 What must live here: faults of streams, as a network or a worker's end brings them. What must not: the meaning of
-a session; whether a fault is survived is for `transport.stream` and `worker.host` to show.
+a session; whether a fault is survived is for `transport.stream` and `host.host` to show.
 
 NOTE [What TLS has taken care of]
 TLS and HTTP/2 deliver packets whole, unchanged, once and in order, or break. So a packet that is truncated comes
@@ -27,11 +27,11 @@ from enum import Enum
 from types import TracebackType
 from typing import Literal, NamedTuple
 
+from .host.host import Host
 from .remote import RemoteWorker
 from .transport.parcel import Assembler, is_control
 from .transport.stream import Dial, Link, LinkLost
 from .wire.messages import Frame, Reply
-from .worker.host import Host
 from .worker.worker import Worker
 
 __all__ = ["SURVIVED", "Clock", "Fault", "Faults", "Kind", "Way", "World", "faulty", "memory_dial"]

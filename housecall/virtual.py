@@ -9,15 +9,15 @@ from typing import Any
 import torch
 
 from .errors import UsageError
+from .owned.catalogue import Catalogue
+from .owned.description import check_unit, check_words
+from .owned.mocks import Fakes
+from .owner.policy import DENY, Policy
 from .pointers.location import Location
 from .pointers.session import Session
 from .transport.memory import MemoryTransport
 from .types import Unit
-from .worker.catalogue import Catalogue
-from .worker.mocks import Fakes
-from .worker.owned import check_unit, check_words
 from .worker.owner import Owner
-from .worker.policy import DENY, Policy
 from .worker.worker import Worker
 
 __all__ = ["VirtualWorker"]

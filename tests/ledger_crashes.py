@@ -15,9 +15,9 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from housecall.owner.ledger import Entry, Kind, Ledger
+from housecall.owner.policy import Budget, Policy, Release, Use
 from housecall.worker.gate import Gate, Who
-from housecall.worker.ledger import Entry, Kind, Ledger
-from housecall.worker.policy import Budget, Policy, Release, Use
 
 MODES = ("before", "half", "after")
 FILE_BYTES = 1_200  # two entries or three: files change within the story

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from housecall.host.host import Host
 from housecall.transport.grpc import Address, Listener, dial
 from housecall.transport.stream import Dial
 from housecall.types import Door
 from housecall.wire.messages import Frame, Reply
-from housecall.worker.host import Host
 
 __all__ = ["DoorWorker", "grpc_dial", "memory_dial"]
 

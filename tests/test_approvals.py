@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 
 from housecall.cli import requests as cli
 from housecall.errors import HousecallError, LimitError, PolicyError, UsageError
-from housecall.worker.approvals import Approval, Request, Requests
-from housecall.worker.config import CONFIG_FILE
-from housecall.worker.policies import draft, sign
-from housecall.worker.policy import Plans, Policy, Release, Use
-from housecall.worker.signing import OwnerKey
+from housecall.host.config import CONFIG_FILE
+from housecall.owner.approvals import Approval, Request, Requests
+from housecall.owner.policies import draft, sign
+from housecall.owner.policy import Plans, Policy, Release, Use
+from housecall.owner.signing import OwnerKey
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 KEY = OwnerKey.generate()
@@ -464,7 +464,7 @@ def test_a_use_is_counted_before_it_is_given(tmp_path: Path, folder: Requests, m
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("housecall.worker.approvals.replace", full)
+        patch.setattr("housecall.owner.approvals.replace", full)
         with pytest.raises(OSError, match="no space"):
             spend(folder)
     assert not (tmp_path / "spent").exists() or not list((tmp_path / "spent").iterdir())

@@ -17,14 +17,14 @@ import torch
 
 import housecall as hc
 from housecall.errors import DataError, UsageError
+from housecall.owned import catalogue as module
+from housecall.owned.catalogue import Catalogue, Owned
+from housecall.owned.mocks import Fakes
+from housecall.owner.policies import POLICY_FOLDER, Policies, draft, sign
+from housecall.owner.policy import Policy
+from housecall.owner.signing import OwnerKey
 from housecall.types import TensorType
 from housecall.wire.codec import ITEM_BYTES
-from housecall.worker import catalogue as module
-from housecall.worker.catalogue import Catalogue, Owned
-from housecall.worker.mocks import Fakes
-from housecall.worker.policies import POLICY_FOLDER, Policies, draft, sign
-from housecall.worker.policy import Policy
-from housecall.worker.signing import OwnerKey
 
 NOON = datetime(2030, 1, 2, 12, 0, 0, 5, tzinfo=UTC)
 
@@ -319,7 +319,7 @@ def test_names_that_begin_alike_do_not_sweep_each_other(kept: Catalogue) -> None
 def test_what_another_process_does_is_seen(kept: Catalogue, tmp_path: Path) -> None:
     assert kept.names() == ()
     code = (
-        "import sys, torch\nfrom housecall.worker.catalogue import Catalogue\n"
+        "import sys, torch\nfrom housecall.owned.catalogue import Catalogue\n"
         "Catalogue(sys.argv[1]).add('a', {'y': torch.arange(5)}, ['#far'])"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
@@ -360,7 +360,7 @@ def test_elements_replaced_between_scan_and_load(
 
 def test_two_processes_cannot_take_one_name(tmp_path: Path) -> None:
     code = (
-        "import sys, torch\nfrom housecall.worker.catalogue import Catalogue\n"
+        "import sys, torch\nfrom housecall.owned.catalogue import Catalogue\n"
         "sys.stdin.readline()\nCatalogue(sys.argv[1]).add('a', {'y': torch.full((200_000,), int(sys.argv[2]))})"
     )
     running = [

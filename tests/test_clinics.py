@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import housecall as hc
-from housecall.worker.ledger import Account
-from housecall.worker.policy import Policy
+from housecall.owner.ledger import Account
+from housecall.owner.policy import Policy
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -27,13 +27,13 @@ from streams import grpc_dial
 
 from housecall.cluster import LocalCluster
 from housecall.errors import WorkerGone
+from housecall.host.host import Host
+from housecall.host.turns import Turns
 from housecall.remote import RemoteWorker, reach
 from housecall.testing import SURVIVED, Fault, Faults, Kind, Way, World, faulty, memory_dial
 from housecall.transport.stream import PROTOCOL, LinkLost, StreamTransport
 from housecall.wire.messages import Drop, Failure, Fetch, Frame, Hello, Refused, Reply, Welcome
 from housecall.wire.packets import control, read_control
-from housecall.worker.host import Host
-from housecall.worker.turns import Turns
 from housecall.worker.worker import Worker
 
 

@@ -17,6 +17,9 @@ import torch
 from streams import grpc_dial, memory_dial
 
 from housecall.errors import PolicyError, WorkerGone
+from housecall.host.host import ENDED, Host
+from housecall.host.room import ARRIVAL_S, Claim, Room
+from housecall.owner.ledger import Entry
 from housecall.program.call import Items
 from housecall.testing import Clock
 from housecall.transport.parcel import packed
@@ -24,10 +27,7 @@ from housecall.transport.stream import PROTOCOL, StreamTransport
 from housecall.wire.messages import Array, Bye, Call, Drop, Fetch, Frame, Hello, Put, Refused, Reply, Value, Welcome
 from housecall.wire.packets import control, read_control
 from housecall.worker.gate import MOST_REFUSALS, Gate, Who
-from housecall.worker.host import ENDED, Host
-from housecall.worker.ledger import Entry
 from housecall.worker.limits import Limits
-from housecall.worker.room import ARRIVAL_S, Claim, Room
 from housecall.worker.worker import Worker
 
 PATIENCE = 30.0
@@ -396,7 +396,7 @@ def test_an_error_of_the_workers_own_ends_one_session(waiting: Waiting, caplog: 
 
 
 def test_closing_does_not_wait_for_ever_for_an_operation(waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("housecall.worker.host.CLOSE_S", 0.01)
+    monkeypatch.setattr("housecall.host.host.CLOSE_S", 0.01)
     host = a_host(waiting)
     alice = StreamTransport(memory_dial(host, "alice"), name="clinic")
     alice.send(Frame(1, (Drop((1,)),)))

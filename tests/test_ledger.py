@@ -31,14 +31,14 @@ from typer.testing import CliRunner
 
 from housecall.cli.ledger import ledger as command
 from housecall.errors import LedgerError, UsageError
+from housecall.host.config import Config
 from housecall.identity.authority import Authority
 from housecall.identity.certificate import utc_now
-from housecall.worker.config import Config
-from housecall.worker.heads import Countersigned, Head, Signer, countersign, statement
-from housecall.worker.journal import LAG, MAX_LINE, Line
-from housecall.worker.ledger import Account, Entry, Ledger, Privacy, Sealed
-from housecall.worker.policy import Budget
-from housecall.worker.spending import Spending, recount
+from housecall.owner.heads import Countersigned, Head, Signer, countersign, statement
+from housecall.owner.journal import LAG, MAX_LINE, Line
+from housecall.owner.ledger import Account, Entry, Ledger, Privacy, Sealed
+from housecall.owner.policy import Budget
+from housecall.owner.spending import Spending, recount
 
 NOON = datetime(2030, 1, 2, 12, 0, 0, 5, tzinfo=UTC)
 RELEASE = Entry(
@@ -424,7 +424,7 @@ def test_one_process_writes_and_others_read(tmp_path: Path) -> None:
         with pytest.raises(LedgerError, match="by another process"):
             Ledger(tmp_path)
         script = (
-            "import sys\nfrom housecall import LedgerError\nfrom housecall.worker.ledger import Account, Ledger\n"
+            "import sys\nfrom housecall import LedgerError\nfrom housecall.owner.ledger import Account, Ledger\n"
             "print(Account(sys.argv[1]).verify().entries)\ntry:\n    Ledger(sys.argv[1])\n"
             "except LedgerError as error:\n    print(error)\nassert 'torch' not in sys.modules"
         )

@@ -17,6 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from housecall.errors import OperatorError
+from housecall.owned.catalogue import Catalogue
+from housecall.owner.ledger import Ledger
+from housecall.owner.policy import Policy
 from housecall.pointers.location import Location
 from housecall.pointers.session import Session
 from housecall.pointers.tensor import send
@@ -45,11 +48,8 @@ from housecall.wire.messages import (
     Tag,
     Value,
 )
-from housecall.worker.catalogue import Catalogue
 from housecall.worker.gate import Gate
-from housecall.worker.ledger import Ledger
 from housecall.worker.limits import ENTRY, QUESTIONS, TEXT, UNLIMITED, Limits
-from housecall.worker.policy import Policy
 from housecall.worker.worker import Worker, WorkerSession
 
 MB = 1_000_000

@@ -8,9 +8,9 @@ import logging
 import pytest
 
 from housecall.errors import WorkerGone
+from housecall.host.host import Host
 from housecall.logs import MOST, PER_S, OneLine, Repeats, plain
 from housecall.testing import Clock, Fault, Kind, World
-from housecall.worker.host import Host
 from housecall.worker.worker import Worker
 
 

@@ -14,6 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import housecall as hc
+from housecall.owned import catalogue as module
+from housecall.owned.catalogue import Catalogue
+from housecall.owned.mocks import Fakes, fitted
+from housecall.owner.policy import Policy
 from housecall.pointers.mock import by_hand, mock_of
 from housecall.pointers.session import Session
 from housecall.program.typing import DTYPES
@@ -21,11 +25,7 @@ from housecall.transport.arrays import share
 from housecall.types import TensorType
 from housecall.wire.codec import ITEM_BYTES
 from housecall.wire.messages import Column, Frame, Load, Mock, Mocked, Owned
-from housecall.worker import catalogue as module
-from housecall.worker.catalogue import Catalogue
 from housecall.worker.limits import Limits
-from housecall.worker.mocks import Fakes, fitted
-from housecall.worker.policy import Policy
 from housecall.worker.worker import Worker
 
 X, Y = torch.arange(40.0).view(10, 4), torch.arange(10) % 3

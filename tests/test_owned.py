@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import housecall as hc
+from housecall.owner.ledger import Ledger
+from housecall.owner.policy import Budget, Policy
 from housecall.pointers.location import Location
 from housecall.program.call import Call
 from housecall.transport.arrays import share
 from housecall.types import Ref
 from housecall.wire.messages import Failure, Frame, Load, Put
 from housecall.worker.gate import Gate
-from housecall.worker.ledger import Ledger
-from housecall.worker.policy import Budget, Policy
 from housecall.worker.worker import Worker
 
 OPEN = Policy.open_to("*")

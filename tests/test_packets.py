@@ -22,6 +22,7 @@ import torch
 from streams import memory_dial
 
 from housecall.errors import CodecError, ProtocolError, WorkerGone
+from housecall.host.host import Host
 from housecall.program.call import Call, Complex, Input, Items, Program, Symbol
 from housecall.program.typing import type_of
 from housecall.transport import parcel
@@ -62,7 +63,6 @@ from housecall.wire.messages import (
     Welcome,
 )
 from housecall.wire.packets import CONTROL, MORE, begin, control, read_begin, read_control
-from housecall.worker.host import Host
 from housecall.worker.limits import Limits
 from housecall.worker.worker import Worker
 

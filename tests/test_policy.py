@@ -20,13 +20,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import housecall.worker.policy
+import housecall.owner.policy
 from housecall.cli import policy as cli
 from housecall.errors import HousecallError, PolicyError
-from housecall.worker.change import changes, loosens, warnings
-from housecall.worker.config import CONFIG_FILE
-from housecall.worker.policies import Policies, Seen, Turn, draft, policy_names, sign, standing
-from housecall.worker.policy import (
+from housecall.host.config import CONFIG_FILE
+from housecall.owner.change import changes, loosens, warnings
+from housecall.owner.policies import Policies, Seen, Turn, draft, policy_names, sign, standing
+from housecall.owner.policy import (
     DENY,
     Asked,
     Budget,
@@ -40,7 +40,7 @@ from housecall.worker.policy import (
     explain,
     matches,
 )
-from housecall.worker.signing import OwnerKey, public_key, verify
+from housecall.owner.signing import OwnerKey, public_key, verify
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 D1, D2 = "1" * 64, "2" * 64
@@ -182,7 +182,7 @@ def test_no_stage_of_an_update_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     refused = ask(policy, "update", pipeline=("clip", "noise"))
     assert (refused.rule, refused.allowed) == ("release.update", False)
     assert "stages that this version does not have (clip, noise)" in refused.text
-    monkeypatch.setattr(housecall.worker.policy, "STAGES", frozenset(STAGES))  # once they exist
+    monkeypatch.setattr(housecall.owner.policy, "STAGES", frozenset(STAGES))  # once they exist
     for pipeline in itertools.chain.from_iterable(itertools.product(STAGES, repeat=count) for count in range(4)):
         assert ask(policy, "update", pipeline=pipeline).allowed == (pipeline[:2] == ("clip", "noise")), pipeline
     refused = ask(policy, "update", pipeline=("clip", "mask", "noise"))
@@ -826,7 +826,7 @@ def test_explain_and_check_as_commands(place: Path) -> None:
 
 def test_deciding_needs_no_torch() -> None:
     code = (
-        "import sys\nimport housecall.worker.policies, housecall.worker.approvals, housecall.cli.policy\n"
+        "import sys\nimport housecall.owner.policies, housecall.owner.approvals, housecall.cli.policy\n"
         "import housecall.cli.requests\nassert 'torch' not in sys.modules\nprint('light')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

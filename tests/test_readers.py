@@ -27,8 +27,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from housecall.errors import DataError, HousecallError, UsageError
-from housecall.worker.readers.files import converted, read
-from housecall.worker.readers.records import Request
+from housecall.owned.readers.files import converted, read
+from housecall.owned.readers.records import Request
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DTYPES = ("bool", "u1", "i1", "<u2", ">i2", "<u4", "<i4", ">u8", "<i8", "<f2", "<f4", ">f4", "<f8", "<c8", "<c16")

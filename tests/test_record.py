@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import nn, optim
 
 import housecall as hc
+from housecall.owner.policy import Policy, Use
 from housecall.pointers.adapted import _plain_kernels
 from housecall.program.call import Call, Input, Program
 from housecall.program.check import check
 from housecall.program.files import save_program
 from housecall.program.flow import flow
 from housecall.types import Label, Ref, TensorType
-from housecall.worker.policy import Policy, Use
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[..., Any]

@@ -28,6 +28,7 @@ from rich.console import Console
 import housecall as hc
 from housecall.cli.status import _sandbox
 from housecall.errors import UsageError
+from housecall.host.config import Config, Sandbox
 from housecall.sandbox import seccomp
 from housecall.sandbox.environment import born_clean, kept
 from housecall.sandbox.kernel import ARCHITECTURES, Architecture, architecture
@@ -36,7 +37,6 @@ from housecall.sandbox.limits import most_memory_mb
 from housecall.sandbox.report import Protection, Report
 from housecall.sandbox.seccomp import Sockets
 from housecall.service import _memory_mb
-from housecall.worker.config import Config, Sandbox
 
 NAMES = ("environment", "limits", "privileges", "system calls", "files", "network")
 PATIENCE = 60.0  # seconds

@@ -22,16 +22,16 @@ import housecall as hc
 from housecall.cli.main import app
 from housecall.cli.status import read_status
 from housecall.errors import IdentityError, UsageError
+from housecall.host.config import Config
 from housecall.identity.authority import Authority
 from housecall.identity.certificate import Identity, utc_now
 from housecall.identity.enrolment import EnrolmentServer
 from housecall.metrics import serve_metrics
+from housecall.owner.approvals import Requests
+from housecall.owner.ledger import Account
+from housecall.owner.signing import PUBLIC_FILE, OwnerKey
 from housecall.service import STATUS_FILE, Service
 from housecall.transport.grpc import Address, address, dial, is_loopback
-from housecall.worker.approvals import Requests
-from housecall.worker.config import Config
-from housecall.worker.ledger import Account
-from housecall.worker.signing import PUBLIC_FILE, OwnerKey
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_a_status_that_cannot_be_written_is_a_line_in_the_log(
 def test_the_end_waits_for_what_has_come_as_long_as_the_owner_says(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("housecall.worker.host.CLOSE_S", 0.01)
+    monkeypatch.setattr("housecall.host.host.CLOSE_S", 0.01)
     (folder / "worker.toml").write_text('name = "clinic"\nlisten = "127.0.0.1:0"\ndrain_s = 0.01\n')
     service = Service(folder, plaintext=True)
     begun, may = threading.Event(), threading.Event()

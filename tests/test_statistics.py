@@ -21,14 +21,14 @@ import housecall as hc
 from housecall.cli.main import app
 from housecall.cli.status import read_status
 from housecall.errors import DataError, LedgerError, PolicyError, UsageError
+from housecall.owned.catalogue import Catalogue
+from housecall.owner.ledger import Ledger
+from housecall.owner.policy import Budget, Policy, Release, Use
 from housecall.wire.messages import Frame, Noised, Statistic, Statistics
 from housecall.worker import statistics as module
-from housecall.worker.catalogue import Catalogue
 from housecall.worker.gate import Gate, Who
-from housecall.worker.ledger import Ledger
 from housecall.worker.limits import Limits
 from housecall.worker.noise import laplace
-from housecall.worker.policy import Budget, Policy, Release, Use
 from housecall.worker.worker import Worker
 
 ME = Who("me", "scientist")

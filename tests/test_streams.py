@@ -9,10 +9,10 @@ import pytest
 from streams import DoorWorker, grpc_dial, memory_dial
 from transport_contract import Connect, TransportContract
 
+from housecall.host.host import Host
 from housecall.testing import Faults, Kind, faulty
 from housecall.transport.stream import StreamTransport
 from housecall.types import Door
-from housecall.worker.host import Host
 
 
 class TestMemoryStream(TransportContract):

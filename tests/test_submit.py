@@ -19,6 +19,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import housecall as hc
+from housecall.owner.approvals import Requests
+from housecall.owner.ledger import Account
+from housecall.owner.policies import draft, sign
+from housecall.owner.policy import Plans, Policy, Release, Use
+from housecall.owner.signing import OwnerKey
 from housecall.program.call import Call, Input, Items
 from housecall.transport.arrays import share
 from housecall.transport.parcel import packed
@@ -40,13 +45,8 @@ from housecall.wire.messages import (
     Submit,
 )
 from housecall.worker import private
-from housecall.worker.approvals import Requests
 from housecall.worker.gate import Gate
-from housecall.worker.ledger import Account
 from housecall.worker.owner import Owner, gate_of
-from housecall.worker.policies import draft, sign
-from housecall.worker.policy import Plans, Policy, Release, Use
-from housecall.worker.signing import OwnerKey
 from housecall.worker.worker import Worker, WorkerSession
 
 ASKED = Policy(use=Use(plans=("me",)), plans=Plans(ask=True), release=Release(approvals=True))

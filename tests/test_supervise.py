@@ -17,9 +17,9 @@ import torch
 
 import housecall as hc
 from housecall.cli.status import read_status
-from housecall.worker.config import Config
-from housecall.worker.lock import hold, let_go
-from housecall.worker.signing import OwnerKey
+from housecall.host.config import Config
+from housecall.host.lock import hold, let_go
+from housecall.owner.signing import OwnerKey
 
 PATIENCE = 60.0
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from housecall.errors import ProgramError
+from housecall.owner.policy import Policy
 from housecall.program.call import Call, Items, Symbol
 from housecall.program.forecast import forecast
 from housecall.program.ops import operator, table
@@ -31,7 +32,6 @@ from housecall.types import Ref
 from housecall.wire.messages import Array, Frame, Load, Put
 from housecall.worker.limits import Limits
 from housecall.worker.owner import Owner
-from housecall.worker.policy import Policy
 from housecall.worker.worker import Worker, WorkerSession
 
 

@@ -20,11 +20,11 @@ from housecall.cli import _catalogue
 from housecall.cli.policy import app as policies
 from housecall.cli.worker import app
 from housecall.errors import DataError, HousecallError, PolicyError, UsageError
-from housecall.worker.catalogue import Catalogue
-from housecall.worker.config import CONFIG_FILE, Config, Identity, Limits, Sandbox
-from housecall.worker.policies import POLICY_FOLDER, standing
-from housecall.worker.policy import Budget, Policy
-from housecall.worker.signing import public_key
+from housecall.host.config import CONFIG_FILE, Config, Identity, Limits, Sandbox
+from housecall.owned.catalogue import Catalogue
+from housecall.owner.policies import POLICY_FOLDER, standing
+from housecall.owner.policy import Budget, Policy
+from housecall.owner.signing import public_key
 
 
 def run(*arguments: str | Path, fails: bool = False, answer: str | None = None) -> str:

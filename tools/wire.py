@@ -15,6 +15,9 @@ from typing import Any, get_args
 import msgspec
 import torch
 
+from housecall.host import host, room
+from housecall.host.config import Limits
+from housecall.host.host import Host
 from housecall.program.call import Arg, Call, Complex, Input, Items, Program, Symbol
 from housecall.transport import grpc, stream
 from housecall.transport.parcel import HEAD_COST, INLINE, INLINE_TOGETHER, MAX_BLOB_BYTES, packed
@@ -42,9 +45,6 @@ from housecall.wire.messages import (
     Value,
     Welcome,
 )
-from housecall.worker import host, room
-from housecall.worker.config import Limits
-from housecall.worker.host import Host
 
 PAGE = Path(__file__).parent.parent / "docs" / "wire.md"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from table import FILES, split, table
 
 import housecall as hc
-from housecall.worker.policy import Plans, Policy, Release, Use
+from housecall.owner.policy import Plans, Policy, Release, Use
 
 # The scientist may run programs that the owner has read, and touch the records in no other way. Nothing leaves, but
 # what the owner approves.

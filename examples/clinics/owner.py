@@ -13,8 +13,8 @@ import argparse
 import time
 from pathlib import Path
 
-from housecall.worker.approvals import Request, Requests
-from housecall.worker.signing import OwnerKey, public_key
+from housecall.owner.approvals import Request, Requests
+from housecall.owner.signing import OwnerKey, public_key
 
 
 def main() -> None:

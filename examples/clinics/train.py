@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 import housecall as hc
 from housecall.errors import HousecallError
-from housecall.worker.ledger import Account, Sealed
+from housecall.owner.ledger import Account, Sealed
 
 HERE = Path(__file__).parent
 WHY = "two hospitals' models, averaged once: 14 parameters of a logistic regression, no losses, no gradients"

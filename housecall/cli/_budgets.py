@@ -7,10 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from ..errors import LedgerError
-from ..worker.catalogue import Catalogue
-from ..worker.ledger import Account
-from ..worker.policies import standing
-from ..worker.spending import recount, told
+from ..owned.catalogue import Catalogue
+from ..owner.ledger import Account
+from ..owner.policies import standing
+from ..owner.spending import recount, told
 
 __all__ = ["budgets"]
 

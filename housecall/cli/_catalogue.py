@@ -19,11 +19,11 @@ from rich.progress import track
 from rich.table import Table
 
 from ..errors import DataError, UsageError
-from ..worker.catalogue import Catalogue, Owned
-from ..worker.mocks import Fakes, Range
-from ..worker.policies import POLICY_FOLDER
-from ..worker.readers.files import read
-from ..worker.readers.records import Records, Request
+from ..owned.catalogue import Catalogue, Owned
+from ..owned.mocks import Fakes, Range
+from ..owned.readers.files import read
+from ..owned.readers.records import Records, Request
+from ..owner.policies import POLICY_FOLDER
 
 __all__ = ["Addition", "Mock", "discard", "show", "store", "verify"]
 

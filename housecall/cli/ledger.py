@@ -16,9 +16,9 @@ from rich.text import Text
 
 from ..errors import LedgerError, UsageError
 from ..identity.certificate import Identity, utc_now
-from ..worker.heads import Countersigned, Head, countersign, read_text
-from ..worker.ledger import Account, Entry, Sealed
-from ..worker.signing import public_key
+from ..owner.heads import Countersigned, Head, countersign, read_text
+from ..owner.ledger import Account, Entry, Sealed
+from ..owner.signing import public_key
 from .worker import Folder, worker_folder
 
 __all__ = ["ledger"]

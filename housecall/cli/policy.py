@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from ..worker.change import changes, warnings
-from ..worker.policies import POLICY_FOLDER, draft, policy_names, standing
-from ..worker.policies import sign as put_in_force
-from ..worker.policy import Policy
-from ..worker.policy import explain as explained
-from ..worker.signing import KEY_FILE, PUBLIC_FILE, OwnerKey, public_key
+from ..owner.change import changes, warnings
+from ..owner.policies import POLICY_FOLDER, draft, policy_names, standing
+from ..owner.policies import sign as put_in_force
+from ..owner.policy import Policy
+from ..owner.policy import explain as explained
+from ..owner.signing import KEY_FILE, PUBLIC_FILE, OwnerKey, public_key
 from .worker import Folder, Yes, worker_folder
 
 __all__ = ["app"]
@@ -126,8 +126,8 @@ def owner_key(place: Path) -> OwnerKey:
 def _check_unit(place: Path, name: str, policy: Policy) -> None:
     """Refuse a budget that protects less than its data set asks for. Raises `PolicyError`."""
     if policy.budget.unit == "record" and (policy.budget.epsilon or policy.budget.delta):
-        from ..worker.catalogue import Catalogue  # torch is imported here, so that other policies are signed quickly
-        from ..worker.owned import check_unit
+        from ..owned.catalogue import Catalogue  # torch is imported here, so that other policies are signed quickly
+        from ..owned.description import check_unit
 
         catalogue = Catalogue(place)
         if name in catalogue.names():

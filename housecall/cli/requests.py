@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import PolicyError, UsageError
-from ..worker.approvals import APPROVAL_HOURS, MAX_USES, Request, Requests
-from ..worker.policies import standing
-from ..worker.policy import Asked, decide
-from ..worker.signing import OwnerKey, public_key
+from ..owner.approvals import APPROVAL_HOURS, MAX_USES, Request, Requests
+from ..owner.policies import standing
+from ..owner.policy import Asked, decide
+from ..owner.signing import OwnerKey, public_key
 from .worker import Folder, Yes, worker_folder
 
 __all__ = ["approve", "deny", "requests", "show"]

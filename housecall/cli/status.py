@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UsageError
-from ..worker.config import Config
-from ..worker.lock import is_held
+from ..host.config import Config
+from ..host.lock import is_held
 from .worker import Folder, worker_folder
 
 __all__ = ["status"]

@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import UsageError
+from ..host.config import CONFIG_FILE, Config
 from ..identity.enrolment import join
 from ..identity.invitation import Invitation
-from ..worker.config import CONFIG_FILE, Config
-from ..worker.signing import OwnerKey
+from ..owner.signing import OwnerKey
 
 __all__ = ["Folder", "app", "worker_folder"]
 

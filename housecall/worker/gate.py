@@ -27,12 +27,12 @@ from typing import NamedTuple
 import msgspec
 
 from ..errors import HousecallError, LedgerError, PolicyError, UsageError
+from ..owner.approvals import Approval, Request, Requests
+from ..owner.ledger import Entry, Kind, Ledger, Sealed
+from ..owner.policy import DENY, Asked, Decision, Policy, decide, refused
+from ..owner.spending import Spending
 from ..types import Label, Unit
 from ..wire.messages import Requested
-from .approvals import Approval, Request, Requests
-from .ledger import Entry, Kind, Ledger, Sealed
-from .policy import DENY, Asked, Decision, Policy, decide, refused
-from .spending import Spending
 from .submission import Origin, Submission
 
 __all__ = ["Gate", "Opening", "Question", "Uses", "Who", "counted"]

@@ -6,12 +6,12 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from .approvals import Approval, Request, Requests
-from .change import loosens
+from ..owner.approvals import Approval, Request, Requests
+from ..owner.change import loosens
+from ..owner.ledger import Entry, Ledger
+from ..owner.policies import Policies, Turn
+from ..owner.signing import OwnerKey, public_key
 from .gate import Gate
-from .ledger import Entry, Ledger
-from .policies import Policies, Turn
-from .signing import OwnerKey, public_key
 
 __all__ = ["Owner", "gate_of"]
 

@@ -14,10 +14,10 @@ from fractions import Fraction
 import torch
 
 from ..errors import HousecallError
+from ..owner.ledger import Sealed
 from ..transport.arrays import share
 from ..wire.messages import Array, Failure, Noised
 from .gate import Gate, Opening, Question, Who
-from .ledger import Sealed
 from .private import FAILED
 from .store import Cell
 

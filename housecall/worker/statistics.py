@@ -48,15 +48,15 @@ from fractions import Fraction
 import torch
 
 from ..errors import DataError, PolicyError, UsageError
+from ..owned.catalogue import Catalogue
+from ..owned.description import Owned
+from ..owner.policy import DENY
+from ..owner.spending import exact, told
 from ..program.typing import DTYPES
 from ..wire.messages import Noised, Statistic, Statistics
-from .catalogue import Catalogue
 from .gate import Gate, Who
 from .noise import Below, noised
-from .owned import Owned
-from .policy import DENY
 from .release import release_noised
-from .spending import exact, told
 
 __all__ = ["EPSILON", "MOST_EDGES", "answer", "budgets", "check", "words"]
 

@@ -30,11 +30,11 @@ from typing import NamedTuple
 import msgspec
 
 from ..errors import ProgramError
+from ..owner.approvals import Approval
 from ..program.call import Program, text
 from ..program.flow import flow
 from ..program.run import type_program
 from ..types import PUBLIC, Label, TensorType
-from .approvals import Approval
 from .store import Cell, Store
 
 __all__ = ["Origin", "Source", "Submission", "Submissions"]

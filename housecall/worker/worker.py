@@ -18,6 +18,8 @@ import msgspec
 import torch
 
 from ..errors import DataError, LimitError, PolicyError, ProgramError, UsageError
+from ..owned.catalogue import Catalogue
+from ..owned.description import Owned
 from ..program.call import HOLE, Call, Program, text
 from ..program.ops import operator
 from ..program.run import Randomness, computing, execute
@@ -57,11 +59,9 @@ from ..wire.messages import (
     Value,
 )
 from . import statistics
-from .catalogue import Catalogue
 from .device import at_home, home
 from .gate import Gate, Opening, Question, Uses, Who, counted
 from .limits import TEXT, UNLIMITED, Limits, Meter
-from .owned import Owned
 from .plan import Report
 from .plans import Plans
 from .release import release

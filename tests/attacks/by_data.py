@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from hostile import ASKING, SECRET, World, attack, call, named
 
+from housecall.owned.catalogue import Catalogue
+from housecall.owned.mocks import Fakes
+from housecall.owner.policies import Policies, draft, sign
+from housecall.owner.policy import Plans, Policy, Release, Use
+from housecall.owner.signing import OwnerKey
 from housecall.program.call import Call, Input, Program
 from housecall.transport.arrays import share
 from housecall.types import Ref, TensorType
 from housecall.wire.messages import Clear, Define, Drop, Load, Mock, Mocked, Open, Put, Run, Search, Submit, Tag
-from housecall.worker.catalogue import Catalogue
-from housecall.worker.mocks import Fakes
-from housecall.worker.policies import Policies, draft, sign
-from housecall.worker.policy import Plans, Policy, Release, Use
-from housecall.worker.signing import OwnerKey
 
 X = Ref(1)
 

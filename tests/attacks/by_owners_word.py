@@ -14,16 +14,16 @@ import torch
 from hostile import HEART, World, attack, call
 
 from housecall.errors import LedgerError, PolicyError
+from housecall.owner.ledger import Entry, Ledger
+from housecall.owner.policies import Policies, draft, sign
+from housecall.owner.policy import Policy, Use
+from housecall.owner.signing import OwnerKey
 from housecall.program.call import Call, Items
 from housecall.transport.arrays import share
 from housecall.types import Ref
 from housecall.wire.messages import Clear, Drop, Fetch, Frame, Load, Put, Request, Status
 from housecall.worker.gate import Gate, Question, Who
-from housecall.worker.ledger import Entry, Ledger
 from housecall.worker.limits import Limits
-from housecall.worker.policies import Policies, draft, sign
-from housecall.worker.policy import Policy, Use
-from housecall.worker.signing import OwnerKey
 from housecall.worker.worker import Worker
 
 X, MINE = Ref(1), Ref(5)

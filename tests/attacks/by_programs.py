@@ -11,12 +11,12 @@ import msgspec
 import torch
 from hostile import SECRET, Attack, World, attack, call, named
 
+from housecall.owner.policy import Plans, Policy, Release, Use
+from housecall.owner.signing import OwnerKey
 from housecall.program.call import Call, Input, Items, Program
 from housecall.transport.arrays import share
 from housecall.types import Ref, TensorType
 from housecall.wire.messages import Define, Drop, Frame, Load, Put, Run, Status, Submit
-from housecall.worker.policy import Plans, Policy, Release, Use
-from housecall.worker.signing import OwnerKey
 from housecall.worker.worker import WorkerSession
 
 X, MINE = Ref(1), Ref(5)

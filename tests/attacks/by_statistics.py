@@ -14,13 +14,13 @@ import torch
 from hostile import World, attack
 
 from housecall.errors import HousecallError
+from housecall.owner.ledger import Ledger
+from housecall.owner.policies import Policies, draft, sign
+from housecall.owner.policy import Budget, Policy, Release, Use
+from housecall.owner.signing import OwnerKey
 from housecall.wire.messages import Noised, Statistic, Statistics
 from housecall.worker import statistics
 from housecall.worker.gate import Gate
-from housecall.worker.ledger import Ledger
-from housecall.worker.policies import Policies, draft, sign
-from housecall.worker.policy import Budget, Policy, Release, Use
-from housecall.worker.signing import OwnerKey
 
 AGES = 20.0 + torch.arange(60.0)
 MEAN = Statistic("mean", "age", (0.0, 120.0))

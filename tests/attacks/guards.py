@@ -14,32 +14,20 @@ from unittest.mock import patch
 import torch
 
 from housecall.errors import PolicyError
+from housecall.owned import catalogue
+from housecall.owned.catalogue import Catalogue
+from housecall.owner import approvals, ledger, policies, policy, spending
+from housecall.owner.approvals import Approval, Request, Requests
+from housecall.owner.ledger import Entry, Sealed
+from housecall.owner.policy import Decision
+from housecall.owner.spending import Spending
 from housecall.program import forecast, ops
 from housecall.program.ops import _parse
 from housecall.program.run import _runner, execute
 from housecall.types import PUBLIC
-from housecall.worker import (
-    approvals,
-    catalogue,
-    gate,
-    history,
-    ledger,
-    limits,
-    policies,
-    policy,
-    private,
-    spending,
-    statistics,
-    store,
-    submission,
-)
-from housecall.worker.approvals import Approval, Request, Requests
-from housecall.worker.catalogue import Catalogue
+from housecall.worker import gate, history, limits, private, statistics, store, submission
 from housecall.worker.gate import Gate, Opening, Uses
-from housecall.worker.ledger import Entry, Sealed
 from housecall.worker.limits import Meter
-from housecall.worker.policy import Decision
-from housecall.worker.spending import Spending
 from housecall.worker.store import Store
 from housecall.worker.submission import BROUGHT, Origin, Submission, Submissions
 from housecall.worker.worker import WorkerSession

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 import housecall as hc
+from housecall.owner.policy import Policy, Release, Use
 from housecall.program.call import Call
 from housecall.transport.arrays import share
 from housecall.transport.parcel import packed
 from housecall.types import Label
 from housecall.wire.messages import Array, Fetch, Frame, Load, Put, Reply, Request
 from housecall.worker.owner import Owner
-from housecall.worker.policy import Policy, Release, Use
 from housecall.worker.worker import Worker, WorkerSession
 
 __all__ = ["ASKING", "ATTACKS", "HEART", "SECRET", "WHY_NONE", "Attack", "World", "attack", "call", "named", "stolen"]

@@ -13,6 +13,8 @@ from hostile import ASKING
 
 import housecall as hc
 from housecall.errors import ProtocolError
+from housecall.host.host import Host
+from housecall.owner.policy import Budget, Policy, Release, Use
 from housecall.program.call import Call
 from housecall.transport.arrays import share
 from housecall.transport.line import Line
@@ -34,9 +36,7 @@ from housecall.wire.messages import (
     Welcome,
 )
 from housecall.wire.packets import control, read_control
-from housecall.worker.host import Host
 from housecall.worker.owner import Owner
-from housecall.worker.policy import Budget, Policy, Release, Use
 from housecall.worker.worker import Worker
 
 

@@ -164,7 +164,7 @@ class Policy(_Table, frozen=True):
     """An owner's rules for one data set. What no rule permits is refused, so `Policy()` refuses everything.
 
     In a notebook: `Policy.open_to("alice")`, `Policy.deny()`, or `Policy(use=Use(plans=("alice",)), ...)`. As a file it
-    is TOML and signed (`worker.policies`). See NOTE [Releases that are not offered]."""
+    is TOML and signed (`owner.policies`). See NOTE [Releases that are not offered]."""
 
     version: Annotated[
         int, Meta(ge=1, le=10**9, description="Grows with every change; a worker takes no older one again.")

@@ -16,9 +16,9 @@ import torch
 from msgspec import Meta
 
 from ..errors import PolicyError, UsageError
+from ..owner.policy import Policy
 from ..types import Label, TensorType, Unit
 from ..wire.codec import ITEM_BYTES
-from .policy import Policy
 
 __all__ = [
     "Described",

@@ -33,10 +33,10 @@ from ..transport.parcel import MAX_BLOB_BYTES, Assembler, is_control
 from ..transport.stream import PROTOCOL
 from ..wire.messages import Ack, Bye, Frame, Hello, Refused, Welcome
 from ..wire.packets import control, read_control
+from ..worker.worker import Worker
 from .room import Claim, Room
 from .seat import Came, Seat, Standing, about, good, revoked
 from .turns import Turns
-from .worker import Worker
 
 __all__ = ["Host", "Seat"]
 

@@ -18,7 +18,7 @@ import torch
 from ..errors import UsageError
 from ..program.typing import DTYPES
 from ..types import TensorType
-from .owned import plain, record_type
+from .description import plain, record_type
 
 __all__ = ["Fakes", "Range", "fitted"]
 

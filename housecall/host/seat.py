@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 from ..transport.line import Line
 from ..transport.parcel import Parcel, packed_reply
 from ..wire.messages import Failure, Frame, Refused, Reply, Value
+from ..worker.worker import WorkerSession
 from .room import Claim
-from .worker import WorkerSession
 
 __all__ = ["Came", "Seat", "Standing", "about", "good", "revoked"]
 

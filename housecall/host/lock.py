@@ -1,4 +1,4 @@
-"""One worker of a folder at a time: a lock on `worker.lock`, which the kernel gives back however its process ends.
+"""One worker of a folder at a time: a lock on `host.lock`, which the kernel gives back however its process ends.
 
 It says as well whether a worker runs at all: a process's number may be another's by now, a lock is nobody else's.
 """

@@ -40,10 +40,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import DataError, UsageError
+from ..owner.policies import unsign
 from ..types import Label, TensorType, Unit
+from .description import Described, Owned, describe, dtype_name, from_text, is_name, plain, record_type, to_text
 from .mocks import Fakes, fitted
-from .owned import Described, Owned, describe, dtype_name, from_text, is_name, plain, record_type, to_text
-from .policies import unsign
 
 if sys.platform != "win32":
     import fcntl
