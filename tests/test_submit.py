@@ -582,6 +582,81 @@ def test_gradients_that_come_late_come_as_far_as_they_may(clinic: hc.VirtualWork
     assert torch.is_tensor(model.bias.grad + 0)
 
 
+# -- which value an input is ------------------------------------------------------------------------------------
+
+MATRIX = TensorType("float32", (20, 3), (3, 1))
+
+
+def scaled(*outputs: tuple[str, float], name: str = "a1", updates: bool = False) -> hc.Program:
+    """`name`, once for each output, by a number."""
+    calls = [Call("mul.Tensor", (Ref(1), by), {}, (10 + at,)) for at, (_, by) in enumerate(outputs)]
+    writes = [Call("add_.Tensor", (Ref(1), 0.0), {}, ())] if updates else []
+    returned = tuple((given, 10 + at) for at, (given, _) in enumerate(outputs))
+    return hc.Program((Input(name, 1, MATRIX, updates),), (*calls, *writes), returned)
+
+
+def test_an_approval_of_one_output_is_none_of_another_of_its_type() -> None:
+    world = World()
+    both, taken = scaled(("zeros", 0.0), ("raw", 1.0)), scaled(("out", 1.0))
+    world.approved(both, (1,))
+    world.frame(Run(both.digest, (1,), (20, 21)))
+    world.approved(taken, (20,), release=True)
+    assert " as 'zeros'" in world.owner.requests.all()[-1].program
+    assert "plans.ask" in world.why(Run(taken.digest, (21,), (22,)))
+    world.frame(Run(taken.digest, (20,), (23,)))
+    assert torch.equal(world.taken(23), torch.zeros(20, 3))  # type: ignore[arg-type]
+
+
+def test_in_the_place_of_what_another_made_goes_only_what_bears_its_name() -> None:
+    world = World()
+    first, step = scaled(("weight", 1.0)), scaled(("raw", 5.0), name="weight", updates=True)
+    world.approved(first, (1,), release=True)
+    world.frame(Run(first.digest, (1,), (20,)))
+    world.approved(step, (20,), uses=2, release=True)
+    world.frame(Run(step.digest, (20,), (21,)))
+    assert "plans.ask" in world.why(Run(step.digest, (21,), (22,)))  # its own, by another name
+    world.frame(Run(step.digest, (20,), (23,)))  # a step that goes on from its own results
+    assert torch.equal(world.taken(23), 5 * X)  # type: ignore[arg-type]
+
+
+def test_what_was_made_with_pointers_is_one_value_and_what_nobody_knows_is_none() -> None:
+    world = World()
+    world.worker.catalogue.register("open", {"x": X.clone()})
+    world.owner.policies.register("open", Policy.open_to("me"))
+    both = program("add.Tensor", count=2)
+    neg = (Call("neg.default", (Ref(3),), {}, (4,)), Call("exp.default", (Ref(3),), {}, (5,)))
+    world.frame(Load("open", (3,)), *neg)
+    world.approved(both, (1, 4), uses=5)
+    assert "this one value" in world.owner.requests.all()[-1].program
+    world.frame(Run(both.digest, (1, 4), (20,)))
+    assert 20 in world.door.store
+    assert "plans.ask" in world.why(Run(both.digest, (1, 5), (21,)))
+    world.frame(Call("add_.Tensor", (Ref(4), 1.0), {}, ()))
+    assert "plans.ask" in world.why(Run(both.digest, (1, 4), (22,)))
+    world.approved(SUM, (20,), uses=5, release=True)
+    view = program("view.default", Items((20, 3)))
+    world.approved(view, (20,))
+    updated = scaled(("out", 1.0), updates=True)
+    world.frame(Run(view.digest, (20,), (24,)))
+    world.approved(updated, (24,))
+    world.frame(Run(updated.digest, (24,), (25,)))  # what %20 shares with it was written to
+    assert "no longer what an accepted run made" in world.why(Run(SUM.digest, (20,), (26,)))
+
+
+def test_what_an_approval_that_was_withdrawn_has_made_does_not_leave_through_another_program() -> None:
+    world = World()
+    first, second = scaled(("o", 1.0)), scaled(("out", 2.0))
+    held = world.approved(first, (1,), uses=2)
+    world.frame(Run(first.digest, (1,), (20,)))
+    world.approved(second, (20,), uses=9, release=True)
+    world.frame(Run(second.digest, (20,), (21,)))
+    assert torch.equal(world.taken(21), 2 * X)  # type: ignore[arg-type]
+    world.owner.deny(held, "a mistake")
+    world.frame(Run(second.digest, (20,), (22,)))
+    assert world.taken(21) is None
+    assert world.taken(22) is None
+
+
 # -- in a folder ------------------------------------------------------------------------------------------------
 
 

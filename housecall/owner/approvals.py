@@ -389,24 +389,31 @@ class Requests:
         return None
 
     def lets_out(
-        self, ids: Iterable[str], principal: str, role: str, data_sets: Iterable[str], now: datetime | None = None
+        self,
+        ids: Iterable[str],
+        principal: str,
+        role: str,
+        data_sets: Iterable[str],
+        now: datetime | None = None,
+        behind: Iterable[str] = (),
     ) -> bool:
         """Whether each of these approvals, of programs that ran, lets out what they made of these data sets: it is
-        this principal's, signed so, not over and not withdrawn."""
+        this principal's, signed so, not over and not withdrawn. `behind`: approvals of the runs that made what those
+        began with, which need to be good, and no more."""
         now = self._time() if now is None else now
         names, ids = set(data_sets), frozenset(ids)
+        wanted = ids.union(behind)
         with self._shelf.alone():
             good = {
                 approval.id
                 for approval in self._approvals()
-                if approval.id in ids
+                if approval.id in wanted
                 and (approval.principal, approval.role, approval.kind) == (principal, role, "program")
-                and approval.release
-                and names <= set(approval.data_sets)
+                and (approval.id not in ids or (approval.release and names <= set(approval.data_sets)))
                 and now < approval.expires
                 and 0 <= self._spent(approval) <= approval.uses
             }
-        return bool(ids) and good == ids
+        return bool(ids) and good == wanted
 
     # -- what the ledger is to know -----------------------------------------------------------------------
 

@@ -186,10 +186,10 @@ class Gate:
         return self.spending.left(paid.entry.identity, self.policies.get(name, DENY).budget)
 
     def _answered(self, who: Who, question: Question, requests: Requests, spends: bool) -> str | None:
-        """What the owner approved that lets this out: of the run that made it, or, used up by this, of the value."""
+        """What the owner approved that lets this out: of the runs that led to it, or, used up by this, of the value."""
         label, digest, shown, origin = question
         runs = origin.approvals if origin is not None else None
-        if origin and runs and requests.lets_out(runs, who.name, who.role, label.sources, self._now()):
+        if origin and runs and requests.lets_out(runs, who.name, who.role, label.sources, self._now(), origin.behind):
             return f"{origin.digest} (request {', '.join(sorted(runs))})"
         if not digest or not spends:
             return None

@@ -6,11 +6,14 @@ an owner reads. What must not: whether it may run (`gate`), and how (`plans`).
 NOTE [What an input is]
 - a *column* of an owned data set, whole and as it is;
 - *brought*: it derives from nobody's data; whoever submits the program has it, and can make it what she likes;
-- *made*: it derives from data that only programs may read, by a run of an accepted one, which is named by its digest.
+- *made*: it derives from data that only programs may read, by a run of an accepted one, which is named by its digest,
+  and so is which of the values that it makes. Or it was made with pointers, of data on which she may work so: then it
+  is this value, of this session, and no other.
 An approved program may go on from what its own runs have made, as if that had been brought in its place: a training
-step's parameters. That gives nobody more than she has: were it released in between, she could bring it again. To any
-other program it is `made`, and that is part of what is approved. So no approved program can be pointed at other
-columns, nor at what another program has left.
+step's parameters. That gives nobody more than she has: were it released in between, she could bring it again. In the
+place of what another program has made goes only what bears the name of that input. To any other program it is `made`,
+and that is part of what is approved. So no approved program can be pointed at other columns, nor at what another
+program has left.
 
 NOTE [Of slots, not of storages]
 A label is of a storage: to be private is catching. What may leave is not: a program whose outputs may leave can give a
@@ -23,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from typing import NamedTuple
 
@@ -44,18 +47,21 @@ _NAME = re.compile(r"[^\s(){}%,:;=/#\\]{1,200}")  # of inputs, outputs, numbers:
 
 _MOST = 1_000  # submissions that a session remembers: beyond, the oldest is forgotten, and what it made is `made`
 
-# Where an input comes from: ("column", data set, column, the data's identity), ("brought",), or ("made", digest, data
-# sets ...). An approval of one data set's records is none of those that replace them.
+# Where an input comes from: ("column", data set, column, the data's identity), ("brought",), or ("made", digest, which
+# of what that makes, data sets ...), where with an empty digest the second is the one value that is meant. An approval
+# of one data set's records is none of those that replace them.
 Source = tuple[str, ...]
 BROUGHT: Source = ("brought",)
 
 
 class Origin(NamedTuple):
     """What a value that derives from such data was made by: the run's digest, and the approvals that let out what all
-    runs on the way to it gave. `None`: not all of them were approved with that."""
+    runs of that on the way to it gave. `None`: not all of them were approved with that. `behind`: all approvals on the
+    way to it, also of other programs' runs: it may leave only as long as none of them was withdrawn or is over."""
 
     digest: str
     approvals: frozenset[str] | None = None
+    behind: frozenset[str] = frozenset()
 
 
 class Submission:
@@ -132,8 +138,8 @@ def _words(source: Source) -> str:
     if source == BROUGHT:
         return "brought"
     if source[1]:
-        return f"made by the submission {source[1]}"
-    return "made of owned data in other ways"
+        return f"made by the submission {source[1]} as '{source[2]}'"
+    return "made of owned data with pointers: this one value, of this session"
 
 
 def _check_names(program: Program) -> None:
@@ -155,11 +161,12 @@ def _check_names(program: Program) -> None:
 class Submissions:
     """What one session has of data that only programs may read: which slots are columns, and what made the rest."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, session: str) -> None:
+        self._store, self._session = store, session
         # By binding (`Store.bindings`), not by slot: ids come again.
         self._columns: dict[int, tuple[Source, Cell]] = {}
-        self._origins: dict[int, tuple[Origin, Cell, int]] = {}  # with the storage, and how often it was written to
+        # With its name in that run, the storage, and how often that was written to.
+        self._origins: dict[int, tuple[Origin, str, Cell, int]] = {}
         self._known: dict[str, Submission] = {}
 
     def lent(self, ref: int, data_set: str, column: str, identity: str) -> None:
@@ -173,18 +180,26 @@ class Submissions:
 
     def origin(self, ref: int) -> Origin | None:
         """What made a slot's value; `None` where that was no single accepted program: see NOTE [Of slots]."""
+        found = self._made(ref)
+        return found[0] if found is not None else None
+
+    def _made(self, ref: int) -> tuple[Origin, str] | None:
+        """What made a slot's value, and what it was called there."""
         found = self._origins.get(self._store.bindings.get(ref, 0))
         if found is None:
             return None
-        origin, cell, writes = found
-        return origin if self._store.cells.get(ref) is cell and cell.writes == writes else None
+        origin, name, cell, writes = found
+        return (origin, name) if self._store.cells.get(ref) is cell and cell.writes == writes else None
 
-    def of(self, program: Program, refs: tuple[int, ...]) -> Submission:
-        """A program on these slots. Raises `ProgramError` for slots of other types than its inputs, and for one memory
-        where it says two."""
+    def of(self, program: Program, refs: tuple[int, ...], closed: Collection[str] = ()) -> Submission:
+        """A program on these slots. Raises `ProgramError` for slots of other types than its inputs, for one memory
+        where it says two, for names that do not say which value is meant, and for what nobody knows how it was made of
+        `closed` data sets."""
+        _check_names(program)
         self._check_types(program, refs)
         self._check_apart(program, refs)
         sources = tuple([self._source(ref) for ref in refs])
+        self._check_known(program, refs, sources, closed)
         for digest in dict.fromkeys(source[1] for source in sources if source[0] == "made"):
             known = self._known.get(digest)
             if known is not None and known.program.digest == program.digest and _goes_on(known, sources):
@@ -197,21 +212,25 @@ class Submissions:
 
     def after(self, submission: Submission, refs: tuple[int, ...], approval: Approval | None) -> Origin:
         """What a run of a submission on these slots makes its values of: they leave by its approval only if the runs of
-        it that it goes on from were approved so. What another one made is an input that its owner read of."""
+        it that it goes on from were approved so. What another one made is an input that its owner read of; but all
+        approvals behind it are remembered."""
         known = [origin for origin in map(self.origin, refs) if origin is not None]
         chain = [origin for origin in known if origin.digest == submission.digest]
+        own = {approval.id} if approval is not None else set()
+        behind = frozenset(own.union(*(origin.behind for origin in known)))
         if approval is None or not approval.release or any(origin.approvals is None for origin in chain):
-            return Origin(submission.digest)
+            return Origin(submission.digest, None, behind)
         earlier = [origin.approvals for origin in chain if origin.approvals is not None]
-        return Origin(submission.digest, frozenset({approval.id}.union(*earlier)))
+        return Origin(submission.digest, frozenset(own.union(*earlier)), behind)
 
     def made(self, origin: Origin, program: Program, inputs: Iterable[int], outs: Iterable[int]) -> None:
         """An accepted run has made these slots, and changed those inputs that it updates."""
-        updated = [ref for item, ref in zip(program.inputs, inputs, strict=True) if item.updates]
-        for ref in (*outs, *updated):
+        names = {ref: name for ref, (name, _) in zip(outs, program.outputs, strict=False)}
+        names |= {ref: item.name for item, ref in zip(program.inputs, inputs, strict=True) if item.updates}
+        for ref, name in names.items():
             cell = self._store.cells.get(ref)
             if cell is not None and cell.label:
-                self._origins[self._store.bindings[ref]] = origin, cell, cell.writes
+                self._origins[self._store.bindings[ref]] = origin, name, cell, cell.writes
         if len(self._origins) > 1_000 + 2 * len(self._store):
             alive = set(self._store.bindings.values())
             self._origins = {binding: made for binding, made in self._origins.items() if binding in alive}
@@ -233,6 +252,18 @@ class Submissions:
                     f"input '{item.name}' is updated, and shares its memory with another: clone it first"
                 )
 
+    def _check_known(
+        self, program: Program, refs: tuple[int, ...], sources: tuple[Source, ...], closed: Collection[str]
+    ) -> None:
+        """What no accepted run has left as it is cannot be described to its owner."""
+        for item, ref, source in zip(program.inputs, refs, sources, strict=True):
+            names = [name for name in self._store.label(ref).sources if name in closed]
+            if names and source[:2] == ("made", ""):
+                raise ProgramError(
+                    f"input '{item.name}' derives from data set '{names[0]}', and is no longer what an accepted run "
+                    "made: give what a run returned, or run that again"
+                )
+
     def _source(self, ref: int) -> Source:
         cell = self._store.cells[ref]
         column = self._columns.get(self._store.bindings[ref]) if cell.label else None
@@ -240,13 +271,17 @@ class Submissions:
             return column[0]
         if not cell.label:
             return BROUGHT
-        origin = self.origin(ref)
-        return ("made", origin.digest if origin is not None else "", *cell.label.sources)
+        made = self._made(ref)
+        if made is None:
+            return ("made", "", f"{self._session}/{self._store.bindings[ref]}/{cell.writes}", *cell.label.sources)
+        return ("made", made[0].digest, made[1], *cell.label.sources)
 
 
 def _goes_on(known: Submission, sources: tuple[Source, ...]) -> bool:
-    """Whether these are a submission's sources, or what its own runs have made in the place of what is no column."""
+    """Whether these are a submission's sources, or what its own runs have made in the place of what was brought, or,
+    under the name of the input, of what was made."""
     return all(
-        now == then or (now[:2] == ("made", known.digest) and then[0] != "column")
-        for now, then in zip(sources, known.sources, strict=True)
+        now == then
+        or (now[:2] == ("made", known.digest) and (then == BROUGHT or (then[0] == "made" and now[2] == item.name)))
+        for now, then, item in zip(sources, known.sources, known.program.inputs, strict=True)
     )

@@ -164,7 +164,7 @@ class WorkerSession:
         self.asked: dict[str, tuple[str, str]] = {}
         self.store = Store()
         self.uses = Uses(lambda: worker.gate, who)
-        self.submissions = Submissions(self.store)
+        self.submissions = Submissions(self.store, self.id)
         self.randomness = Randomness()
         self.halt = Halt()
         self.plans = Plans(worker.device, self.randomness, self.halt)
@@ -424,7 +424,8 @@ class WorkerSession:
             raise UsageError("this program reads nothing that only programs may read: run it, there is nothing to ask")
         for name in sorted(self._gone().intersection(names)):
             raise self._refused(name)
-        return self.worker.gate.submit(self.who, names, self.submissions.of(program, ids), reason, runs)
+        submission = self.submissions.of(program, ids, self.uses.closed)
+        return self.worker.gate.submit(self.who, names, submission, reason, runs)
 
     def _read_by(self, program: Program, ids: tuple[int, ...]) -> Label:
         """The label of all that a run of a program on these slots reads."""
@@ -463,7 +464,7 @@ class WorkerSession:
             raise self.halt.cause
         for name in sorted(self._gone().intersection(names)):
             raise self._refused(name)
-        submission = self.submissions.of(program, message.inputs)
+        submission = self.submissions.of(program, message.inputs, self.uses.closed)
         approval = self.worker.gate.run(self.who, names, submission)
         return self.submissions.after(submission, message.inputs, approval)
 

@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 from unittest.mock import patch
 
+import msgspec
 import torch
 
 from housecall.errors import PolicyError
@@ -191,7 +192,8 @@ def _made_of_storages(self: Submissions, origin: Origin, program: Any, inputs: A
     """All that shares a storage with what a run has made was made by it."""
     cells = {self._store.cells[ref] for ref in outs if ref in self._store.cells}
     shared = [ref for ref, cell in self._store.cells.items() if cell in cells]
-    _made(self, origin, program, inputs, [*outs, *shared])
+    outputs = (*program.outputs, *((f"shared{ref}", 0) for ref in shared))
+    _made(self, origin, msgspec.structs.replace(program, outputs=outputs), inputs, [*outs, *shared])
 
 
 _source, _made = Submissions._source, Submissions.made
