@@ -39,8 +39,10 @@ from housecall.wire.messages import (
     Heard,
     Load,
     Put,
+    Request,
     Requested,
     Run,
+    Seed,
     Status,
     Submit,
 )
@@ -655,6 +657,69 @@ def test_what_an_approval_that_was_withdrawn_has_made_does_not_leave_through_ano
     world.frame(Run(second.digest, (20,), (22,)))
     assert world.taken(21) is None
     assert world.taken(22) is None
+
+
+def state(seed: int) -> Any:
+    return share(torch.Generator().manual_seed(seed).get_state())
+
+
+def test_random_numbers_that_private_data_has_moved_are_no_input_of_a_program() -> None:
+    world = World(msgspec.structs.replace(ASKED, use=Use(plans=("me",))))
+    counted, noise = program("poisson.default"), program("rand_like.default")
+    world.worker.catalogue.register("heart", {"x": X.abs(), "secret": X.abs()}, replace=True)
+    world.frame(Clear(), Load("heart", (1, 2)), Put(5, share(torch.zeros(20, 3))), Seed(state(1)))
+    world.approved(counted, (1,), uses=9)
+    world.approved(noise, (1,), uses=9, release=True)
+    world.frame(Run(noise.digest, (1,), (20,)), Run(noise.digest, (1,), (21,)))  # as much as the shape says
+    first = torch.rand(20, 3, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(world.taken(20), first)  # type: ignore[arg-type]
+    assert world.taken(21) is not None
+    for _ in range(2):  # call by call, and in steps
+        world.frame(Seed(state(1)))
+        ids = iter(range(100 + 10 * world.number, 10**6))
+        world.frame(Run(counted.digest, (1,), (next(ids),)))
+        assert "torch.manual_seed" in world.why(Run(noise.digest, (1,), (next(ids),)))
+        assert "torch.manual_seed" in world.why(Run(noise.digest, (5,), (next(ids),)))
+        assert "torch.manual_seed" in world.why(Run(counted.digest, (1,), (next(ids),)))
+        assert "torch.manual_seed" in world.why(Submit(noise.digest, (1,), "why"))
+    world.frame(Seed(state(1)), Run(noise.digest, (1,), (30,)))
+    assert torch.equal(world.taken(30), first)  # type: ignore[arg-type]
+
+
+def test_a_value_that_was_drawn_after_private_data_moved_the_generator_is_not_asked_for() -> None:
+    world = World(Policy(use=Use(interactive=("me",)), release=Release(approvals=True)))
+    world.worker.catalogue.register("heart", {"x": X.abs(), "secret": X.abs()}, replace=True)
+    poisson, noise = program("poisson.default"), program("rand_like.default")
+    world.frame(Clear(), Load("heart", (1, 2)), Seed(state(1)), Put(5, share(torch.zeros(20, 3))))
+    world.frame(Call("poisson.default", (Ref(1),), {}, (10,)), Call("sum.default", (Ref(1),), {}, (13,)))
+    assert world.frame(Request((10,), "the first of all")).results
+    world.frame(Call("rand_like.default", (Ref(5),), {}, (11,)), Call("sum.default", (Ref(11),), {}, (12,)))
+    assert "torch.manual_seed" in world.why(Request((12,), "what came after it"))
+    assert world.frame(Request((13,), "nothing of it")).results
+    world.frame(Clear(), Load("heart", (1, 2)), Seed(state(1)), Put(5, share(torch.zeros(20, 3))))
+    world.frame(Call("poisson.default", (Ref(1),), {}, (10,)), Seed(state(1)))
+    world.frame(Define(noise), Run(noise.digest, (1,), (14,)))
+    assert world.frame(Request((14,), "after a new seed")).results
+    world.frame(Define(poisson), Run(poisson.digest, (1,), (15,)), Seed(state(2)), Run(poisson.digest, (1,), (16,)))
+    assert world.frame(Request((16,), "in steps")).results
+    world.frame(Run(noise.digest, (5,), (17,)))
+    assert "torch.manual_seed" in world.why(Request((17,), "in steps, and after it"))
+
+
+def test_a_program_that_draws_is_submitted_after_a_seed(clinic: hc.VirtualWorker) -> None:
+    clinic.add("bones", x=X.abs(), policy=ASKED)
+    x = clinic.dataset("bones").column("x")
+    counts = hc.record(lambda x: torch.poisson(x), X)
+    clinic.owner.approve(counts.submit(x, reason="counts").id, uses=3, release=True)
+    torch.manual_seed(3)
+    first = counts(x)
+    assert "torch.manual_seed" in refused(lambda: counts(x).get())
+    torch.manual_seed(3)
+    counts.submit(x, reason="counts, after a seed")
+    second = counts(x).get()
+    assert torch.equal(first.get(), second)
+    torch.manual_seed(3)
+    assert torch.equal(second, torch.poisson(X.abs()))
 
 
 # -- in a folder ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..errors import PolicyError, UsageError
 from ..program.call import Program
+from ..program.ops import operator
 from ..wire.messages import Define, Requested, Status, Submit
 from ..wire.messages import Request as Ask
 from .session import Session, Slot
@@ -83,6 +84,8 @@ def ask_to_run(
     _check(reason, "submit(..., reason='what I need it for')")
     if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
         raise UsageError(f"a program is to run once or more, not {runs!r} times")
+    if any(operator(call.op).random for call in program.calls):
+        session.seed()  # the generator's state is to be hers already: a worker refuses one that private data has moved
     session.tell(Define(program))
     said: Any = session.ask(Submit(digest, tuple([slot.id for slot in slots]), reason, runs))
     return OwnersAnswer(session, said)

@@ -26,7 +26,8 @@ from .device import at_home
 from .limits import Meter
 from .metered import Metered
 from .plan import Plan, Report
-from .store import Failed, Halt, Missing, Store
+from .private import draws_of
+from .store import Draws, Failed, Halt, Missing, Store
 
 __all__ = ["MOST_BYTES", "MOST_CALLS", "MOST_PROGRAMS", "Plans"]
 
@@ -43,6 +44,7 @@ class Plans:
         self._device, self._randomness = device, randomness
         self._halt = Halt() if halt is None else halt
         self._plans: dict[str, Plan] = {}
+        self._draws: dict[str, Draws] = {}
         self._refused: dict[str, str] = {}
         self._nbytes = 0
         self._ids = itertools.count(1 << 64)  # see NOTE [Ids within a run] in `metered`
@@ -65,6 +67,7 @@ class Plans:
             if len(self._refused) < MOST_PROGRAMS:
                 self._refused[digest] = f"{type(error).__name__}: {error}"[:_TEXT]
             raise
+        self._draws[digest] = draws_of(program)
         self._nbytes += len(encoded)
 
     def _check_room(self, program: Program, nbytes: int) -> None:
@@ -79,6 +82,11 @@ class Plans:
     def program(self, digest: str) -> Program:
         """The program of this digest. Raises `ProgramError` if there is none."""
         return self._plan(digest).program
+
+    def draws(self, digest: str) -> Draws:
+        """What the program of this digest draws of random numbers. Raises `ProgramError` if there is none."""
+        self._plan(digest)
+        return self._draws[digest]
 
     def _plan(self, digest: str) -> Plan:
         plan = self._plans.get(digest)

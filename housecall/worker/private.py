@@ -21,18 +21,50 @@ from typing import Any
 import torch
 
 from ..errors import ProgramError
-from ..program.call import HOLE, Call, refs
+from ..program.call import HOLE, Call, Program, refs
 from ..program.forecast import Made, shown_by_shape
 from ..program.ops import operator
 from ..program.run import Randomness, arguments_of, execute
 from ..program.trust import check_values, trusts_values
 from ..types import Label
 from .history import History
-from .store import Store, writes
+from .store import Draws, Store, writes
 
-__all__ = ["FAILED", "blank", "check_made", "check_private", "note_failure", "run_private", "settled"]
+__all__ = [
+    "FAILED",
+    "UNSEEDED",
+    "blank",
+    "check_made",
+    "check_private",
+    "draws_of",
+    "note_failure",
+    "run_private",
+    "settled",
+]
 
 FAILED = "a call that this value derives from failed on private data; the details are in the owner's log"
+
+UNSEEDED = (
+    "the random numbers of this session go on from where a call on private data has brought them (how many it drew "
+    "depends on elements), which no owner reads in a program: seed first, with torch.manual_seed(...), which sends a "
+    "new state before the next random call"
+)
+
+# Of the random operators that read a tensor, those that draw as much as its shape says, whatever its elements are.
+_BY_SHAPE = frozenset(
+    {
+        "bernoulli.p",
+        "bernoulli_.float",
+        "native_dropout.default",
+        "normal_.default",
+        "rand_like.default",
+        "randint_like.default",
+        "randint_like.low_dtype",
+        "randn_like.default",
+        "uniform.default",
+        "uniform_.default",
+    }
+)
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +88,12 @@ def check_made(call: Call, label: Label, made: tuple[Made | None, ...] | None) -
         )
 
 
+def draws_of(program: Program) -> Draws:
+    """What a program draws."""
+    ops = [call.op for call in program.calls if operator(call.op).random]
+    return Draws(len(ops), not _BY_SHAPE.issuperset(ops))
+
+
 def run_private(
     call: Call,
     made: tuple[Made | None, ...],
@@ -69,8 +107,9 @@ def run_private(
     give. Raises nothing that depends on elements."""
     written = [ref for _, ref in writes(call)]
     read = [ref for arg in (*call.args, *call.kwargs.values()) for ref in refs(arg)]
-    if operator(call.op).random:  # how much it drew may depend on elements
+    if operator(call.op).random:
         store.drawn = store.drawn | label
+        store.drew(Draws(1, call.op not in _BY_SHAPE))
     store.mark(written, label, failed=failed)  # before it begins: what fails halfway has written, too
     taken = {_address(store[ref]) for ref in read}
     results = _Beside(store)

@@ -9,7 +9,7 @@ cell. What the owner lends a session is not charged to it, and may not be writte
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from ..program.typing import type_of
 from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Failure, Info, Tag
 
-__all__ = ["Cell", "Failed", "Halt", "Missing", "Store", "writes"]
+__all__ = ["Cell", "Draws", "Failed", "Halt", "Missing", "Store", "writes"]
 
 _address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
 
@@ -79,6 +79,13 @@ class Cell:
         self.failed = False
 
 
+class Draws(NamedTuple):
+    """How many calls of a program draw random numbers, and whether how much they draw may depend on elements."""
+
+    calls: int
+    by_elements: bool
+
+
 class Store(dict[int, Any]):
     """The slots of one session: a dict, since a call reads and binds ids and nothing else.
 
@@ -94,6 +101,8 @@ class Store(dict[int, Any]):
         self.held = 0
         self.private = False  # whether anything here ever had a label
         self.drawn = PUBLIC  # what the state of the random generator derives from
+        self.unseeded = False  # whether private elements may have decided how far that has gone on
+        self.astray = False  # whether anything here was drawn from it then
         self.bindings: dict[int, int] = {}  # slot -> number of its binding, once there is private data: ids come again
         self.turned_away: tuple[int, Exception] | None = None  # the first id that found no room, and why
         self._by_address: dict[int, Cell] = {}
@@ -163,6 +172,15 @@ class Store(dict[int, Any]):
                 cell.label = cell.label | label
                 cell.failed = cell.failed or failed
 
+    def drew(self, draws: Draws) -> None:
+        """Calls on private data have drawn random numbers. See `private.UNSEEDED`."""
+        self.astray |= bool(draws.calls) and (self.unseeded or (draws.by_elements and draws.calls > 1))
+        self.unseeded |= draws.by_elements
+
+    def seeded(self) -> None:
+        """The generator begins with a state of the scientist's."""
+        self.drawn, self.unseeded = PUBLIC, False
+
     def _number(self, ref: int) -> None:
         self._bindings += 1
         self.bindings[ref] = self._bindings
@@ -201,6 +219,7 @@ class Store(dict[int, Any]):
         self.bindings.clear()
         self._by_address.clear()
         self.held = 0
+        self.astray = False
         self.private = bool(self.drawn)  # the generator goes on from where private data has brought it
         self.turned_away = None
 

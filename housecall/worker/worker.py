@@ -64,6 +64,7 @@ from .gate import Gate, Opening, Question, Uses, Who, counted
 from .limits import TEXT, UNLIMITED, Limits, Meter
 from .plan import Report
 from .plans import Plans
+from .private import UNSEEDED, draws_of
 from .release import release
 from .store import Failed, Halt, Missing, Store
 from .submission import Origin, Submissions
@@ -288,7 +289,7 @@ class WorkerSession:
                     self.halt.cause = None
             case Seed(state=state):
                 self.randomness.follow(state.data)
-                self.store.drawn = PUBLIC
+                self.store.seeded()
                 if self.meter is not None:
                     self.meter.history.seeded()
             case Tag(id=ref):
@@ -403,7 +404,10 @@ class WorkerSession:
         for name in sorted(self._gone().intersection(label.sources)):
             raise self._refused(name)
         history = self.meter.history
-        program = text(history.program(ids, self.store))
+        made = history.program(ids, self.store)
+        if self.store.astray and draws_of(made).calls:
+            raise ProgramError(f"these values cannot be asked for, they were drawn so: {UNSEEDED}. Then make them anew")
+        program = text(made)
         if history.forgotten:
             program = f"the first {history.forgotten:,} calls are forgotten: all below may derive from them\n{program}"
         shown = hashlib.sha256(program.encode("utf-8", "replace")).hexdigest()
@@ -424,8 +428,14 @@ class WorkerSession:
             raise UsageError("this program reads nothing that only programs may read: run it, there is nothing to ask")
         for name in sorted(self._gone().intersection(names)):
             raise self._refused(name)
+        self._check_seeded(digest)
         submission = self.submissions.of(program, ids, self.uses.closed)
         return self.worker.gate.submit(self.who, names, submission, reason, runs)
+
+    def _check_seeded(self, digest: str) -> None:
+        """The state of the generator is an input of a random program, which its owner does not read of."""
+        if self.store.unseeded and self.plans.draws(digest).calls:
+            raise ProgramError(f"this program draws random numbers, and {UNSEEDED}")
 
     def _read_by(self, program: Program, ids: tuple[int, ...]) -> Label:
         """The label of all that a run of a program on these slots reads."""
@@ -443,7 +453,7 @@ class WorkerSession:
         if meter.may_use is not None:
             self.plans.check(message, self.store)
             origin = self._admitted(message, program)
-        steps = self.plans.run(message, self.store, meter, report, every)
+        steps = self._drawing(message.digest, self.plans.run(message, self.store, meter, report, every))
         if origin is None:
             yield from steps
             return
@@ -453,6 +463,17 @@ class WorkerSession:
         finally:
             meter.may_use = may_use
             self.submissions.made(origin, program, message.inputs, message.outs)
+
+    def _drawing(self, digest: str, steps: Iterator[None]) -> Iterator[None]:
+        """The steps of a run; what it draws is noted for the whole, since a later run does not go call by call."""
+        store = self.store
+        before = store.unseeded, store.astray
+        try:
+            yield from steps
+        finally:
+            if store.drawn:
+                store.unseeded, store.astray = before
+                store.drew(self.plans.draws(digest))
 
     def _admitted(self, message: Run, program: Program) -> Origin | None:
         """What a run's values are made by, if it reads what only programs may read, and may. Raises `PolicyError`, or
@@ -464,6 +485,7 @@ class WorkerSession:
             raise self.halt.cause
         for name in sorted(self._gone().intersection(names)):
             raise self._refused(name)
+        self._check_seeded(message.digest)
         submission = self.submissions.of(program, message.inputs, self.uses.closed)
         approval = self.worker.gate.run(self.who, names, submission)
         return self.submissions.after(submission, message.inputs, approval)
