@@ -314,6 +314,95 @@ def test_submitting_is_refused_by_name() -> None:
     assert "could misread that name" in refused(lambda: named.submit({"x) {": x}, reason="why"))
 
 
+def test_what_recordings_call_their_inputs_and_outputs_can_be_submitted(clinic: hc.VirtualWorker) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 2)), clinic.dataset("heart").column("x")
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def train(model: nn.Module, parts: Any, *rows: Any) -> Any:
+        loss = model(parts["x"][0].index_select(0, rows[0]) * parts[1]).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), parts["x"][0].sum()
+
+    ones = torch.ones(3).send(clinic)
+    trained = hc.record(train, model, {"x": [X], 1: torch.ones(3)}, ROWS)
+    model.send(clinic)
+    trained.submit(model, {"x": [x], 1: ones}, ROWS.send(clinic), reason="names")
+    text = clinic.owner.pending()[0].program
+    for name in ("brought/model.0.weight", "brought/parts[1]", "brought/rows[0]", "result[0]", "model.0.weight.grad"):
+        assert name in text
+    assert hc.record(lambda parts: parts["x"][0] + 1, {"x": [X]}).program.inputs[0].name == "parts.x[0]"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0.0",
+        "x y",
+        "\u0445",
+        "rows\ua789\u2800float32",
+        "",
+        "x" * 101,
+        "a..b",
+        "-1",
+        "x\n",
+        "x[a]",
+        ".x",
+        "%9",
+        "x\u0661",
+    ],
+)
+@pytest.mark.parametrize("kind", ["inputs", "outputs", "numbers"])
+def test_names_that_an_owner_could_misread_are_refused(kind: str, name: str) -> None:
+    world = World()
+    named = {"inputs": "a", "outputs": "out", "numbers": "by", kind: name}
+    made = hc.Program(
+        (Input(named["inputs"], 1, MATRIX),),
+        (Call("mul.Tensor", (Ref(1), Ref(9)), {}, (10,)),),
+        ((named["outputs"], 10),),
+        ((named["numbers"], 9),),
+    )
+    reason = world.frame(Define(made), Submit(made.digest, (1,), "why")).failures[0].reason
+    assert "could misread that name" in reason
+
+
+def test_a_number_prints_as_one_and_as_nothing_else() -> None:
+    world = World()
+    made = hc.Program(
+        (Input("a", 1, MATRIX), Input("b", 2, MATRIX)),
+        (Call("mul.Tensor", (Ref(1), Ref(9)), {}, (10,)), Call("add.Tensor", (Ref(10), Ref(2)), {}, (11,))),
+        (("out", 11),),
+        (("heart.x", 9),),
+    )
+    world.frame(Put(5, share(torch.zeros(20, 3))))
+    world.approved(made, (1, 5))
+    text = world.owner.requests.all()[-1].program
+    assert "  number/heart.x: a number, given anew with each run" in text
+    assert "number/heart.x: number) {" in text
+    assert "mul.Tensor(heart.x, number/heart.x)" in text
+
+
+def test_columns_that_print_alike_are_refused_and_none_prints_as_a_constant() -> None:
+    world = World()
+    for name, column in (("a", "b.c"), ("a.b", "c"), ("1", "5")):
+        world.worker.catalogue.register(name, {column: X.clone()})
+        world.owner.policies.register(name, ASKED)
+    world.frame(Load("a", (3,)), Load("a.b", (4,)), Load("1", (6,)))
+    both = program("add.Tensor", count=2)
+    assert "two inputs print as 'a.b.c'" in world.why(Define(both), Submit(both.digest, (3, 4), "why"))
+    world.approved(both, (3, 6))
+    assert "add.Tensor(a.b.c, data/1.5)" in world.owner.requests.all()[-1].program
+
+
+def test_an_owner_reads_that_random_numbers_are_not_hers() -> None:
+    world = World()
+    noise = program("rand_like.default")
+    world.approved(noise, (1,))
+    world.approved(SUM, (1,))
+    said = "(random numbers: of a seed that whoever submits this chooses)"
+    assert [said in request.program for request in world.owner.requests.all()] == [True, False]
+
+
 def test_a_program_of_a_file_is_submitted_too(clinic: hc.VirtualWorker, tmp_path: Path) -> None:
     hc.record(lambda x, scale: (x * scale).sum(0), X, torch.ones(3)).save(tmp_path / "sum.program")
     loaded = hc.load_program(tmp_path / "sum.program")

@@ -71,7 +71,7 @@ class Given:
             value = items if type(value) is list else tuple(items) if type(value) is tuple else type(value)(*items)
         elif isinstance(value, dict):
             self.parts.append((dict, *value))
-            value = {key: self.add(f"{name}[{key!r}]", item) for key, item in value.items()}
+            value = {key: self.add(f"{name}{_entry(key)}", item) for key, item in value.items()}
         else:
             self._plain(name, value)
         return value
@@ -103,6 +103,11 @@ class Given:
             self.names.append(name)
         else:  # the same object once more: it must be so again
             self.parts.append(at)
+
+
+def _entry(key: Any) -> str:
+    """What an entry of a dict is called after its dict: as an attribute would be if it can be, for owners to read."""
+    return f".{key}" if type(key) is str and key.isidentifier() and key.isascii() else f"[{key!r}]"
 
 
 def spec_of(tensor: torch.Tensor) -> Spec:

@@ -36,6 +36,7 @@ from ..errors import ProgramError
 from ..owner.approvals import Approval
 from ..program.call import Program, text
 from ..program.flow import flow
+from ..program.ops import operator
 from ..program.run import type_program
 from ..types import PUBLIC, Label, TensorType
 from .store import Cell, Store
@@ -43,7 +44,8 @@ from .store import Cell, Store
 __all__ = ["Origin", "Source", "Submission", "Submissions"]
 
 _PURPOSE = b"housecall submission 1\0"
-_NAME = re.compile(r"[^\s(){}%,:;=/#\\]{1,200}")  # of inputs, outputs, numbers: nothing that could pass for a program
+# Of inputs, outputs, numbers: nothing that could pass for a program, a constant or another name.
+_NAME = re.compile(r"(?=.{1,100}\Z)[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z0-9_]+|\[[0-9]{1,9}\])*", re.ASCII)
 
 _MOST = 1_000  # submissions that a session remembers: beyond, the oldest is forgotten, and what it made is `made`
 
@@ -74,7 +76,7 @@ class Submission:
     @cached_property
     def text(self) -> str:
         """What its owner reads. Raises `ProgramError` for names that could mislead her."""
-        _check_names(self.program)
+        self._check_printed()
         lines = [f"submission  {self.digest}", f"program     {self.program.digest}", "", *self._inputs(), ""]
         return "\n".join([*lines, *self._outputs(), "", text(self._named())])
 
@@ -88,9 +90,11 @@ class Submission:
         for name, item, source in zip(self._names(), self.program.inputs, self.sources, strict=True):
             updated = ", updated" if item.updates else ""
             lines.append(f"  {name}: {item.type}{updated}: {_words(source)}")
-        lines += [f"  {name}: a number, given anew with each run" for name, _ in self.program.numbers]
+        lines += [f"  {_number(name)}: a number, given anew with each run" for name, _ in self.program.numbers]
         if BROUGHT in self.sources:
             lines.append("  (brought: whoever submits this chooses it, or has it of an earlier run of just this)")
+        if any(operator(call.op).random for call in self.program.calls):
+            lines.append("  (random numbers: of a seed that whoever submits this chooses)")
         return lines
 
     def _outputs(self) -> list[str]:
@@ -116,7 +120,7 @@ class Submission:
     def _names(self) -> list[str]:
         """What the inputs are called in print: a column by its own name, whatever else with where it comes from."""
         return [
-            f"{source[1]}.{source[2]}" if source[0] == "column" else f"{source[0]}/{item.name}"
+            _column(*source[1:3]) if source[0] == "column" else f"{source[0]}/{item.name}"
             for item, source in zip(self.program.inputs, self.sources, strict=True)
         ]
 
@@ -125,7 +129,26 @@ class Submission:
             msgspec.structs.replace(item, name=name)
             for item, name in zip(self.program.inputs, self._names(), strict=True)
         ]
-        return msgspec.structs.replace(self.program, inputs=tuple(inputs))
+        numbers = tuple([(_number(name), ref) for name, ref in self.program.numbers])
+        return msgspec.structs.replace(self.program, inputs=tuple(inputs), numbers=numbers)
+
+    def _check_printed(self) -> None:
+        """What is printed alike is the same. Raises `ProgramError`."""
+        _check_names(self.program)
+        known: dict[str, Source] = {}
+        for name, source in zip(self._names(), self.sources, strict=True):
+            if known.setdefault(name, source) != source:
+                raise ProgramError(f"two inputs print as {name[:80]!r}: their owner could not tell them apart")
+
+
+def _column(data_set: str, column: str) -> str:
+    """What a column is called in print: not as the constant 1.5 prints, if that is what its owner calls it."""
+    return f"{'data/' * data_set[0].isdigit()}{data_set}.{column}"
+
+
+def _number(name: str) -> str:
+    """What a number is called in print."""
+    return f"number/{name}"
 
 
 def _count(type_: TensorType) -> int:
@@ -150,8 +173,11 @@ def _check_names(program: Program) -> None:
         ("number", [name for name, _ in program.numbers]),
     ):
         for name in names:
-            if not _NAME.fullmatch(name) or not name.isprintable():
-                raise ProgramError(f"{kind} {name[:80]!r}: an owner could misread that name; rename it")
+            if not _NAME.fullmatch(name):
+                raise ProgramError(
+                    f"{kind} {name[:80]!r}: an owner could misread that name; rename it: letters of ASCII, digits and "
+                    "underscores, parts after dots, positions in brackets, at most 100 characters"
+                )
         if len(set(names)) < len(names):
             raise ProgramError(f"two {kind}s have one name: an owner could not tell them apart; rename one")
     if {name for name, _ in program.outputs} & {item.name for item in program.inputs if item.updates}:
