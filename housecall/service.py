@@ -245,6 +245,8 @@ class Service:
             (self.folder / STATUS_FILE).unlink()
         ledger = self.host.worker.gate.ledger
         if ledger is not None and self.ended:
+            with contextlib.suppress(HousecallError, OSError):  # what was only counted; it has been said that it fails
+                self.host.worker.gate.settle(everything=True)
             ledger.close()
         if not self._let_go:
             self._let_go = True

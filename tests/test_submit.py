@@ -811,6 +811,69 @@ def test_a_program_that_draws_is_submitted_after_a_seed(clinic: hc.VirtualWorker
     assert torch.equal(second, torch.poisson(X.abs()))
 
 
+# -- refusals without end -----------------------------------------------------------------------------------------
+
+
+def refusals(owner: Owner) -> list[Any]:
+    return [sealed.entry for sealed in owner.ledger.entries() if sealed.entry.kind == "refusal"]
+
+
+def test_refusals_that_say_nothing_hide_none_that_matter() -> None:
+    world = World()
+    for number in range(30):
+        world.frame(Load(f"nothing{number}", (9,)))
+    for _ in range(500):
+        world.frame(Fetch((1, 2)))
+    assert [entry.data_sets for entry in refusals(world.owner)] == [(f"nothing{at}",) for at in range(20)] + [
+        ("heart",)
+    ]
+    world.door.close()
+    (last,) = refusals(world.owner)[21:]
+    assert last.data_sets == ("heart",)
+    assert last.decision == "509 refusals more were counted: 499 of heart"
+
+
+def test_what_was_only_counted_is_written_when_the_minute_is_over_and_once_a_minute_by_sessions_that_end() -> None:
+    world = World()
+    now = datetime.now(UTC)
+    world.owner.gate._now = lambda: now
+    for _ in range(30):
+        world.frame(Fetch((1,)))
+    assert len(refusals(world.owner)) == 20
+    for _ in range(5):
+        door = world.opened()
+        world.frame(Fetch((1,)), door=door)
+        door.close()
+    assert len(refusals(world.owner)) == 21  # what the first to end has told
+    now += timedelta(minutes=1)
+    world.owner.gate.notice()
+    assert [entry.decision for entry in refusals(world.owner)[20:]] == [
+        "11 refusals more were counted: 11 of heart",
+        "4 refusals more were counted: 4 of heart",
+    ]
+    world.frame(Fetch((1,)))
+    assert "release.approvals" in refusals(world.owner)[-1].decision
+
+
+def test_of_refusals_at_once_none_is_lost() -> None:
+    world = World()
+    doors = [world.opened() for _ in range(8)]
+
+    def ask(door: WorkerSession) -> None:
+        for _ in range(25):
+            door.handle(Frame(1, (Fetch((1,)),)))
+
+    threads = [threading.Thread(target=ask, args=(door,)) for door in doors]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    world.owner.gate.settle(everything=True)
+    found = refusals(world.owner)
+    assert len(found) == 21
+    assert found[-1].decision == "180 refusals more were counted: 180 of heart"
+
+
 # -- in a folder ------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -33,14 +33,13 @@ from ..owner.policy import DENY, Asked, Decision, Policy, decide, refused
 from ..owner.spending import Spending
 from ..types import Label, Unit
 from ..wire.messages import Requested
+from .refusals import Refusals
 from .submission import Origin, Submission
 
 __all__ = ["Gate", "Opening", "Question", "Uses", "Who", "counted"]
 
 log = logging.getLogger(__name__)
 
-MOST_REFUSALS = 20  # of one principal in a minute, each a line of the ledger; more are counted
-_MINUTE = timedelta(minutes=1)
 _NO_LEDGER = "this worker keeps no ledger, and without one nothing private is used or leaves"
 
 
@@ -79,7 +78,7 @@ class Gate:
     ) -> None:
         self.policies, self.requests, self.ledger, self._now = policies, requests, ledger, now
         self.spending = Spending(ledger) if ledger is not None else None
-        self._refusals: dict[Who, tuple[datetime, int]] = {}  # since when, and how many
+        self._refusals = Refusals(lambda: self._now())
         self._noticing = threading.Lock()
 
     def load(self, who: Who, name: str) -> bool:
@@ -225,7 +224,10 @@ class Gate:
     def notice(self) -> None:
         """Write the owner's answers since the last time into the ledger. There is one writer of it, the worker; she may
         answer in another process. Raises `LedgerError`."""
-        if self.requests is None or self.ledger is None:
+        if self.ledger is None:
+            return
+        self.settle()
+        if self.requests is None:
             return
         with self._noticing:
             for request, approval in self.requests.news():
@@ -237,23 +239,25 @@ class Gate:
     def _decide(self, sources: tuple[str, ...], asked: Asked) -> Decision:
         return decide(self.policies, sources, asked, self._now())
 
-    def _counted(self, who: Who) -> tuple[int, int]:
-        """The number of this refusal within its minute, and how many of the minute before are in no line: whoever asks
-        without end fills no disk."""
-        since, count = self._refusals.get(who, (self._now(), 0))
-        before = 0
-        if self._now() - since >= _MINUTE:
-            since, before, count = self._now(), max(0, count - MOST_REFUSALS), 0
-        self._refusals[who] = since, count + 1
-        return count + 1, before
+    def settle(self, ended: Who | None = None, *, everything: bool = False) -> None:
+        """Write how many refusals were only counted, once their minute is over, or of whom a session has `ended`.
+        Raises `LedgerError`."""
+        for who, count, by_name in self._refusals.over(ended, everything=everything):
+            of = f": {', '.join(f'{number:,} of {name}' for name, number in by_name.items())}" if by_name else ""
+            self._write("refusal", who, Label(tuple(by_name)), "", f"{count:,} refusals more were counted{of}")
 
     def _note(self, kind: Kind, who: Who, label: Label, digest: str, text: str) -> None:
         """Write the ledger. A release that cannot be written does not happen; nor does anything else."""
-        if kind == "refusal":
-            number, before = self._counted(who)
-            if number > MOST_REFUSALS:
-                return
-            text += f" ({before:,} refusals more than these were counted before)" if before else ""
+        self.settle()
+        if kind == "refusal" and not self._refusals.admits(who, self._known(label)):
+            return
+        self._write(kind, who, label, digest, text)
+
+    def _known(self, label: Label) -> tuple[str, ...]:
+        """The data sets of a label that there are, as far as policies say."""
+        return tuple([name for name in label.sources if name in self.policies])
+
+    def _write(self, kind: Kind, who: Who, label: Label, digest: str, text: str) -> None:
         principal = f"{who.role} '{who.name}'"
         log.info("%s: %s (%s) %s", kind, principal, label, text, extra={"event": kind, "principal": principal})
         if self.ledger is None:

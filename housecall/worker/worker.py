@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import secrets
 import sys
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator
 import msgspec
 import torch
 
-from ..errors import DataError, LimitError, PolicyError, ProgramError, UsageError
+from ..errors import DataError, HousecallError, LimitError, PolicyError, ProgramError, UsageError
 from ..owned.catalogue import Catalogue
 from ..owned.description import Owned
 from ..program.call import HOLE, Call, Program, text
@@ -70,6 +71,8 @@ from .store import Failed, Halt, Missing, Store
 from .submission import Origin, Submissions
 
 __all__ = ["MOST_FAILURES", "Worker", "WorkerSession"]
+
+log = logging.getLogger(__name__)
 
 MOST_FAILURES = 10_000  # that one reply tells of
 
@@ -174,7 +177,13 @@ class WorkerSession:
             self._begin_metering()
 
     def close(self) -> None:
-        """End the session."""
+        """End the session. What was refused and only counted is in the ledger then, if that can be written."""
+        try:
+            self.worker.gate.settle(self.who)
+        except HousecallError as error:
+            log.error(
+                "how often session %s of '%s' was refused is not in the ledger: %s", self.id, self.who.name, error
+            )
         self.worker.leave(self)
 
     def _begin_metering(self) -> Meter:
