@@ -811,6 +811,46 @@ def test_a_program_that_draws_is_submitted_after_a_seed(clinic: hc.VirtualWorker
     assert torch.equal(second, torch.poisson(X.abs()))
 
 
+def test_pointers_that_are_withdrawn_end_with_the_next_frame_and_open_at_the_next_load() -> None:
+    world = World(Policy.open_to("me"))
+    world.frame(Call("neg.default", (Ref(1),), {}, (20,)), Define(SUM))
+    assert torch.equal(world.taken(20), -X)  # type: ignore[arg-type]
+    world.owner.policies.register("heart", msgspec.structs.replace(Policy.open_to("me"), version=2))
+    world.frame(Call("neg.default", (Ref(1),), {}, (21,)))
+    assert 21 in world.door.store.tensors()
+    world.owner.policies.register("heart", ASKED)
+    for ref in (1, 20):
+        assert "use.interactive" in world.why(Call("neg.default", (Ref(ref),), {}, (30 + ref,)))
+    assert "plans.ask" in world.why(Run(SUM.digest, (1,), (41,)))
+    world.approved(SUM, (1,))
+    world.owner.policies.forget("heart")
+    assert "heart" in world.why(Run(SUM.digest, (1,), (42,)))
+    world.owner.policies.register("heart", Policy.open_to("me"))
+    world.frame(
+        Load("heart", (3, 4)), Call("neg.default", (Ref(3),), {}, (33,)), Call("neg.default", (Ref(1),), {}, (34,))
+    )
+    assert {33, 34} <= world.door.store.tensors().keys()
+
+
+def test_a_session_that_loads_again_and_again_is_one_line() -> None:
+    world = World()
+    for number in range(5):
+        assert world.frame(Load("heart", (1, 2))).failures
+        world.door.halt.cause = None
+        assert world.frame(Load("heart", (7, 7))).failures
+        world.door.halt.cause = None
+        assert not world.frame(Load("heart", (100 + number, 200 + number))).failures
+    assert kinds(world.owner).count("run") == 1
+    world.owner.policies.register("heart", Policy.open_to("me"))
+    world.frame(Load("heart", (3, 4)))
+    assert kinds(world.owner).count("run") == 2
+    world.worker.catalogue.register("heart", {"x": X, "secret": X}, replace=True)
+    world.frame(Clear(), Load("heart", (3, 4)))
+    assert kinds(world.owner).count("run") == 3
+    world.opened()
+    assert kinds(world.owner).count("run") == 4
+
+
 # -- refusals without end -----------------------------------------------------------------------------------------
 
 
@@ -821,7 +861,7 @@ def refusals(owner: Owner) -> list[Any]:
 def test_refusals_that_say_nothing_hide_none_that_matter() -> None:
     world = World()
     for number in range(30):
-        world.frame(Load(f"nothing{number}", (9,)))
+        world.frame(Load(f"nothing{number}", (1000 + number,)))
     for _ in range(500):
         world.frame(Fetch((1, 2)))
     assert [entry.data_sets for entry in refusals(world.owner)] == [(f"nothing{at}",) for at in range(20)] + [

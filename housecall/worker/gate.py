@@ -12,7 +12,8 @@ NOTE [For programs only]
 Who may run programs on a data set, and not work on it with pointers, can bind its columns all the same. What derives
 from it is *closed* in that session: no call may read it, whatever its operator, and no program but an accepted one. So
 there is one question for each call, asked by label, and its answer is kept: whatever is closed stays so until the data
-set is taken up again.
+set is taken up again. What is not closed is closed with the first frame after its policy has changed, if that no longer
+lets her work on it so.
 """
 
 from __future__ import annotations
@@ -81,17 +82,22 @@ class Gate:
         self._refusals = Refusals(lambda: self._now())
         self._noticing = threading.Lock()
 
-    def load(self, who: Who, name: str) -> bool:
+    def load(self, who: Who, name: str, noted: bool | None = None) -> bool:
         """Whether `who` may work on a data set with pointers; if not, she may have it for programs only. Raises
-        `PolicyError` for who may neither."""
+        `PolicyError` for who may neither. `noted`: what is in the ledger already of this session and the data set."""
         decision = self._decide((name,), Asked("interactive", who.name, who.role))
         interactive = decision.allowed
         if not interactive and self._decide((name,), Asked("programs", who.name, who.role)).allowed:
             decision = Decision(True, text=f"allowed by {name}, for programs only")
-        self._note("run" if decision.allowed else "refusal", who, Label((name,)), "", decision.text)
+        if not decision.allowed or noted is not interactive:
+            self._note("run" if decision.allowed else "refusal", who, Label((name,)), "", decision.text)
         if not decision.allowed:
             raise PolicyError(decision.text)
         return interactive
+
+    def interactive(self, who: Who, name: str) -> bool:
+        """Whether `who` may work on a data set with pointers now. Nothing is written."""
+        return self._decide((name,), Asked("interactive", who.name, who.role)).allowed
 
     def work(self, who: Who, names: tuple[str, ...]) -> str:
         """Why `who` may not work on these data sets with pointers; empty if she may."""
@@ -287,15 +293,39 @@ class Uses:
     def __init__(self, gate: Callable[[], Gate], who: Who) -> None:
         self._gate, self._who = gate, who
         self.closed: set[str] = set()
+        self._open: dict[str, Policy | None] = {}  # what is not closed, and the policy by which it was taken up
+        self._noted: dict[tuple[str, str], bool] = {}  # what the ledger has
         self._answers: dict[Label, str] = {}
 
-    def load(self, name: str) -> None:
-        """Take up a data set, if its policy lets her. Raises `PolicyError`."""
-        if self._gate().load(self._who, name):
+    def load(self, name: str, identity: str) -> None:
+        """Take up a data set of this identity, if its policy lets her. Raises `PolicyError`."""
+        gate, data = self._gate(), (name, identity)
+        policy = gate.policies.get(name)  # before it is asked: if it changes meanwhile, that is seen
+        interactive = self._noted[data] = gate.load(self._who, name, self._noted.get(data))
+        if interactive:
             self.closed.discard(name)
+            self._open[name] = policy
         else:
-            self.closed.add(name)
+            self.close(name)
         self._answers.clear()
+
+    def close(self, name: str) -> None:
+        """From now on a data set is for programs only, until it is taken up again."""
+        self._open.pop(name, None)
+        self.closed.add(name)
+        self._answers.clear()
+
+    def renew(self) -> None:
+        """Look, once a frame, whether a policy has changed by which a data set was taken up, and close what may no
+        longer be worked on with pointers."""
+        gate = self._gate()
+        for name, policy in list(self._open.items()):
+            now = gate.policies.get(name)
+            if now is not policy:
+                if gate.interactive(self._who, name):
+                    self._open[name] = now
+                else:
+                    self.close(name)
 
     def among(self, label: Label) -> tuple[str, ...]:
         """Which data sets of a label are closed."""

@@ -22,7 +22,7 @@ class Counted(NamedTuple):
     """How many refusals of one principal are in no line, and of them how many by data set that there is."""
 
     who: Any  # a `gate.Who`
-    count: int
+    more: int
     by_name: dict[str, int]
 
 

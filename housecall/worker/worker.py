@@ -244,6 +244,9 @@ class WorkerSession:
     ) -> Generator[None, None, Reply]:
         call, drop, clock = meter.call, self.store.drop, meter.clock
         meter.new_reply()
+        self.uses.renew()
+        if self.uses.closed:
+            meter.may_use = self._may_use
         for index in range(first, len(frame.messages)):
             message = frame.messages[index]
             kind = type(message)
@@ -327,23 +330,21 @@ class WorkerSession:
 
     def _load(self, message: Load) -> None:
         name, ids = message.name, message.ids
+        self._check_ids(ids)
         identity = self.worker.catalogue.identity(name)
         self._check_same(name, identity)  # before the new data's policy says what may be done with what bears the name
-        self.uses.load(name)
+        self.uses.load(name, identity)
         columns, label, found = self.worker.catalogue.lent(name)
         if found != identity:  # what was permitted was of other data
-            self.uses.closed.add(name)
+            self.uses.close(name)
         if self.meter is not None:
             self.meter.may_use = self._may_use if self.uses.closed else None
         if found != identity:
             raise self._refused(name)
         self.read[name] = found
         _check_found(message, columns)
-        if len(ids) != len(columns) or len(set(ids)) != len(ids):
+        if len(ids) != len(columns):
             raise ProgramError(f"data set '{name}' has {len(columns)} columns; {len(ids)} ids were to be bound: {ids}")
-        for ref in ids:
-            if ref <= HOLE or ref in self.store:
-                raise ProgramError(f"%{ref} is bound already, or no id; bind each id once")
         device = self.worker.device
         away = device.type != "cpu"  # then the session gets copies, which it pays for
         if self.meter is not None:
@@ -358,6 +359,13 @@ class WorkerSession:
             self.submissions.lent(ref, name, title, found)
             if self.meter is not None:
                 self.meter.history.lent(ref, f"{name}.{title}", self.store)
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        for ref in ids:
+            if ref <= HOLE or ref in self.store:
+                raise ProgramError(f"%{ref} is bound already, or no id; bind each id once")
+        if len(set(ids)) != len(ids):
+            raise ProgramError(f"an id is to be bound twice: {ids}; bind each id once")
 
     def _may_use(self, label: Label) -> None:
         """Before a call reads values of this label. Raises `PolicyError` if they are for programs only, whatever is
