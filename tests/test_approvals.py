@@ -612,6 +612,18 @@ def test_an_owner_approves_a_program_and_that_its_outputs_leave(place: Path, run
         run("approve", value.id, "--release", "--yes")
 
 
+def test_a_digest_that_several_ask_for_is_nobodys_request(place: Path, run: Run) -> None:
+    permit(place, "heart")
+    made = asked(worker(place), kind="program", data_sets=("heart",))
+    asked(worker(place), kind="program", data_sets=("heart",), runs=2)
+    assert "alice" in run("show", DIGEST)  # hers, the first
+    other = asked(worker(place), kind="program", data_sets=("heart",), principal="bob")
+    with pytest.raises(UsageError, match=f"{made.id} of scientist 'alice', .*{other.id} of scientist 'bob'"):
+        run("approve", DIGEST, "--yes")
+    run("approve", other.id, "--yes")
+    assert spend(worker(place), kind="program", data_sets=("heart",), principal="bob")
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"principal": "bob"}, {"role": "worker"}, {"data_sets": ["heart", "lungs"]}, {"ids": ["0" * 16]}, {"ids": []}],

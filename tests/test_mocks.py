@@ -121,6 +121,7 @@ def test_ranges_that_cannot_be_meant(make: Any, reason: str) -> None:
         (X.numpy(), r"mock= of data set 'heart' is a ndarray: expected columns such as \{'x': tensor\}"),
         ({"x": X[:3], "y": MOCK["y"]}, "give away real records: column 'x' of it is a view of the data"),
         ({"x": X.clone(), "y": Y.clone()}, "give away real records: it is the data itself"),
+        ({"x": torch.zeros_like(X), "y": Y.clone()}, "give away real records: column 'y' of it is the data's"),
     ],
 )
 @pytest.mark.parametrize("where", ["memory", "disk"])

@@ -120,11 +120,16 @@ def _public(place: Path) -> bytes:
 
 
 def _found(kept: Requests, number: str) -> Request:
-    """The one request whose id begins so, or the first for a submission of this digest. Raises `UsageError` if there is
-    none, or several."""
+    """The one request whose id begins so, or the first for this digest, if only one principal asks for that. Raises
+    `UsageError` if there is none, or several."""
     everything = kept.all() if number else ()
     found = [request for request in everything if request.id.startswith(number)]
-    found = found or [request for request in everything if request.digest == number][:1]
+    if not found:
+        alike = [request for request in everything if request.digest == number]
+        if len({(request.principal, request.role) for request in alike}) > 1:
+            those = ", ".join(f"{request.id} of {_who(request)}" for request in alike)
+            raise UsageError(f"several ask for that digest: {those}. Say which request you mean")
+        found = alike[:1]
     if len(found) != 1:
         several = f"{len(found)} requests begin with" if found else "no request begins with"
         raise UsageError(f"{several} {number!r}: `housecall worker requests --all` lists them")

@@ -160,8 +160,12 @@ def _check_apart(name: str, data: Mapping[str, torch.Tensor], found: Mapping[str
     """Whoever passes the data for its mock, or a part of it, has made a mistake that nothing undoes."""
     storages = {tensor.untyped_storage().data_ptr() for tensor in data.values()}
     shared = [column for column, tensor in found.items() if tensor.untyped_storage().data_ptr() in storages]
-    if shared or all(_same(tensor, data[column]) for column, tensor in found.items()):
-        what = f"column '{shared[0]}' of it is a view of the data" if shared else "it is the data itself"
+    same = [column for column, tensor in found.items() if _same(tensor, data[column])]
+    if shared or same:
+        one = (
+            f"column '{shared[0]}' of it is a view of the data" if shared else f"column '{same[0]}' of it is the data's"
+        )
+        what = "it is the data itself" if len(same) == len(found) and not shared else one
         raise UsageError(
             f"the mock of data set '{name}' would give away real records: {what}. Whoever finds the data set has its "
             "mock, whatever the policy says: make records up, for instance with housecall.Fakes(...)"
