@@ -16,7 +16,7 @@ from housecall.owner.signing import OwnerKey
 from housecall.program.call import Call, Input, Items, Program
 from housecall.transport.arrays import share
 from housecall.types import Ref, TensorType
-from housecall.wire.messages import Define, Drop, Frame, Load, Put, Run, Status, Submit
+from housecall.wire.messages import Define, Drop, Frame, Load, Put, Run, Seed, Status, Submit
 from housecall.worker.worker import WorkerSession
 
 X, MINE = Ref(1), Ref(5)
@@ -329,6 +329,54 @@ def attack_takes_after_the_approval_has_ended(world: World) -> Any:
     assert ran(world, TWICE) is not None
     world.worker.gate._now = lambda: datetime.now(UTC) + timedelta(days=2)
     return world.taken(20)
+
+
+@programs_only("which value")
+def attack_runs_on_another_output_than_was_read(world: World) -> Any:
+    both = Program(
+        (Input("a", 1, MATRIX),),
+        (call("mul.Tensor", X, 0.0, outs=(10,)), call("mul.Tensor", X, 1.0, outs=(11,))),
+        (("nothing", 10), ("raw", 11)),
+    )
+    approved(world, both)
+    world.frame(Define(both), Run(both.digest, (1,), (21, 22)))
+    approved(world, TWICE, 21, release=True)
+    return left(world, TWICE, 22)
+
+
+@programs_only("behind")
+def attack_takes_through_another_program_what_was_withdrawn(world: World) -> Any:
+    request = approved(world, TWICE)
+    assert ran(world, TWICE, out=21) is not None
+    approved(world, FIRST, 21, release=True)
+    world.owner.deny(request, "a mistake")
+    return left(world, FIRST, 21)
+
+
+@programs_only("seeded")
+def attack_reads_what_another_program_drew_off_the_generator(world: World) -> Any:
+    """How much `poisson` draws depends on the elements: what is drawn next tells of them."""
+    counts = program(call("poisson.default", X))
+    noise = program(call("rand_like.default", Ref(2)), inputs=(Input("b", 2, MATRIX),))
+    approved(world, counts)
+    world.put(5, torch.zeros(6, 4))
+    state = torch.Generator().manual_seed(1)
+    world.frame(Seed(share(state.get_state())))
+    assert ran(world, counts, out=21) is not None
+    world.frame(Define(noise), Submit(noise.digest, (5,), "noise"))
+    for request in world.owner.pending():
+        world.owner.approve(request.id, release=True)
+    drawn = left(world, noise, 5)
+    return None if drawn is None or torch.equal(drawn, torch.rand(6, 4, generator=state)) else drawn
+
+
+@programs_only("renewed")
+def attack_works_on_with_pointers_that_were_withdrawn(world: World) -> Any:
+    world.owner.policies.register("lungs", Policy.open_to("mallory"))
+    world.done(Load("lungs", (30, 31)))
+    world.owner.policies.register("lungs", Policy(use=Use(plans=("mallory",)), release=Release(exact=("mallory",))))
+    world.frame(call("neg.default", Ref(30), outs=(32,)))
+    return world.taken(32)
 
 
 @programs_only("ledger")

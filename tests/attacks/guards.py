@@ -196,7 +196,19 @@ def _made_of_storages(self: Submissions, origin: Origin, program: Any, inputs: A
     _made(self, origin, msgspec.structs.replace(program, outputs=outputs), inputs, [*outs, *shared])
 
 
-_source, _made = Submissions._source, Submissions.made
+def _nameless(self: Submissions, ref: int) -> Any:
+    """All that a run makes is alike."""
+    found = _named(self, ref)
+    return found and (found[0], "")
+
+
+def _as_of_itself(self: Requests, ids: Any, principal: str, role: str, data_sets: Any, now: Any, behind: Any) -> bool:
+    """What another program made is its own affair."""
+    return _lets_out(self, ids, principal, role, data_sets, now)
+
+
+_source, _made, _named = Submissions._source, Submissions.made, Submissions._made
+_lets_out = Requests.lets_out
 
 
 def _nothing_spent(self: Spending, identity: str) -> Fraction:
@@ -319,6 +331,10 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "names": (patch.object(submission, "_check_names", lambda program: None),),
     "chain": (patch.object(Submissions, "after", _after_alone),),
     "of slots": (patch.object(Submissions, "made", _made_of_storages),),
+    "which value": (patch.object(Submissions, "_made", _nameless),),
+    "behind": (patch.object(Requests, "lets_out", _as_of_itself),),
+    "seeded": (patch.object(WorkerSession, "_check_seeded", lambda self, digest: None),),
+    "renewed": (patch.object(Uses, "renew", lambda self: None),),
     "still good": (patch.object(Requests, "lets_out", lambda *args: True),),
     "spent": (patch.object(Spending, "_spent", _nothing_spent),),
     "content": (patch.object(Catalogue, "content", Catalogue.identity),),
