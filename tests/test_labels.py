@@ -21,6 +21,7 @@ from housecall.transport.arrays import share
 from housecall.transport.parcel import packed
 from housecall.types import PUBLIC, Label, Ref
 from housecall.wire.messages import Clear, Define, Describe, Drop, Fetch, Frame, Load, Put, Reply, Run, Seed
+from housecall.worker.gate import Gate
 from housecall.worker.private import FAILED
 from housecall.worker.worker import Worker, WorkerSession
 
@@ -67,13 +68,13 @@ def test_what_derives_from_the_same_shares_a_label() -> None:
 # -- a session with private data ----------------------------------------------------------------------------
 
 
-class OpenGate:
+class OpenGate(Gate):
     """Lets everything in and nothing out."""
 
-    def load(self, who: Any, name: str) -> bool:
+    def load(self, who: Any, name: str, noted: bool | None = None) -> bool:
         return True
 
-    def release(self, who: Any, question: Any, what: str, *, spends: bool) -> None:
+    def release(self, who: Any, question: Any, what: str = "", *, spends: bool = True) -> None:
         from housecall.errors import HousecallError
 
         raise HousecallError(f"{question.label} stays")
@@ -81,7 +82,7 @@ class OpenGate:
 
 def session(**data: torch.Tensor) -> WorkerSession:
     """A session that has loaded data sets of one column each, at ids 1, 2, ... in order of name."""
-    worker = Worker("clinic", gate=OpenGate())  # type: ignore[arg-type]
+    worker = Worker("clinic", gate=OpenGate())
     door = worker.open("mallory")
     for number, (name, column) in enumerate(sorted(data.items()), start=1):
         worker.catalogue.register(name, {"x": column})
@@ -201,7 +202,7 @@ def test_a_failure_is_told_in_one_sentence_where_a_release_is_allowed() -> None:
     door = session(heart=torch.tensor([0, 99]))
 
     class Allowing(OpenGate):
-        def release(self, who: Any, question: Any, what: str, *, spends: bool) -> None:
+        def release(self, who: Any, question: Any, what: str = "", *, spends: bool = True) -> None:
             pass
 
     door.worker.gate = Allowing()  # type: ignore[assignment]
@@ -256,7 +257,7 @@ def programs(seed: int, calls: int = 12) -> tuple[Program, dict[str, Label]]:
 
 
 def run(program: Program, secrets: torch.Tensor) -> tuple[WorkerSession, Reply]:
-    worker = Worker("clinic", gate=OpenGate())  # type: ignore[arg-type]
+    worker = Worker("clinic", gate=OpenGate())
     worker.catalogue.register("heart", {"x": secrets})
     worker.catalogue.register("labs", {"x": secrets.flip(0).clone()})
     door = worker.open("mallory")
@@ -303,7 +304,7 @@ def test_the_transcript_would_show_a_difference() -> None:
     """The test above can fail: with a gate that lets values out, the two runs differ."""
 
     class Allowing(OpenGate):
-        def release(self, who: Any, question: Any, what: str, *, spends: bool) -> None:
+        def release(self, who: Any, question: Any, what: str = "", *, spends: bool = True) -> None:
             pass
 
     program, _ = programs(1)

@@ -24,6 +24,7 @@ from housecall.program.typing import type_of
 from housecall.transport.arrays import share
 from housecall.types import Ref
 from housecall.wire.messages import Define, Drop, Failure, Fetch, Frame, Heard, Load, Message, Put, Reply, Run, Seed
+from housecall.worker.gate import Gate
 from housecall.worker.limits import UNLIMITED, Limits
 from housecall.worker.worker import Worker, WorkerSession
 
@@ -129,13 +130,13 @@ rounds = st.builds(
 )
 
 
-class OpenGate:
+class OpenGate(Gate):
     """Lets everything in and nothing out."""
 
-    def load(self, who: Any, name: str) -> bool:
+    def load(self, who: Any, name: str, noted: bool | None = None) -> bool:
         return True
 
-    def release(self, who: Any, question: Any, what: str, *, spends: bool) -> None:
+    def release(self, who: Any, question: Any, what: str = "", *, spends: bool = True) -> None:
         raise HousecallError(f"{question.label} stays")
 
 
@@ -143,7 +144,7 @@ class World:
     """One session, and what can be seen of it. `private`: it has loaded the owner's data."""
 
     def __init__(self, limits: Limits, private: bool) -> None:
-        worker = Worker("clinic", limits, gate=OpenGate())  # type: ignore[arg-type]
+        worker = Worker("clinic", limits, gate=OpenGate())
         worker.catalogue.register("heart", {"x": torch.tensor([[0.5, -1.0], [2.0, -0.25]])})
         worker.catalogue.register("labs", {"at": torch.tensor([1, 0]), "bad": torch.tensor([0, 7])})
         self.door: WorkerSession = worker.open("mallory")
