@@ -141,7 +141,7 @@ class _ById:
         self.bindings: Any = store.bindings if cells else {ref: ref for ref in store.cells}
 
 
-_add, _program, _named = history.History.add, history.History.program, history.History.lent
+_add, _program, _bound_as = history.History.add, history.History.program, history.History.lent
 
 
 def _kept_by_id(cells: bool) -> tuple[Any, ...]:
@@ -149,7 +149,7 @@ def _kept_by_id(cells: bool) -> tuple[Any, ...]:
     return (
         patch.object(history.History, "add", lambda self, *args: _add(self, *args[:3], _ById(args[3], cells))),
         patch.object(history.History, "program", lambda self, ids, store: _program(self, ids, _ById(store, cells))),
-        patch.object(history.History, "lent", lambda self, *args: _named(self, *args[:2], _ById(args[2], cells))),
+        patch.object(history.History, "lent", lambda self, *args: _bound_as(self, *args[:2], _ById(args[2], cells))),
     )
 
 
