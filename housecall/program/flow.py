@@ -19,7 +19,7 @@ from .call import HOLE, Call, Input, Program, refs, with_numbers
 from .check import arguments, check, written_by
 from .ops import Operator, operator
 
-__all__ = ["flow", "input_writes", "label_of", "shows_elements", "with_updates", "written"]
+__all__ = ["flow", "input_writes", "with_updates", "written"]
 
 
 def flow(program: Program, labels: Mapping[str, Label]) -> dict[str, Label]:
@@ -39,15 +39,6 @@ def flow(program: Program, labels: Mapping[str, Label]) -> dict[str, Label]:
 
 def _without_numbers(program: Program) -> tuple[Call, ...]:
     return with_numbers(program, {name: 0.0 for name, _ in program.numbers}).calls
-
-
-def label_of(call: Call, labels: Mapping[int, Label]) -> Label:
-    """The join of the labels of all that a call reads."""
-    found = PUBLIC
-    for arg in (*call.args, *call.kwargs.values()):
-        for ref in refs(arg):
-            found = found | labels.get(ref, PUBLIC)
-    return found
 
 
 def written(call: Call, rules: Operator) -> list[int]:
@@ -75,12 +66,6 @@ def with_updates(program: Program) -> Program:
     updated = {item.id for _, item in input_writes(program)}
     inputs = tuple([msgspec.structs.replace(item, updates=item.id in updated) for item in program.inputs])
     return msgspec.structs.replace(program, inputs=inputs)
-
-
-def shows_elements(rules: Operator) -> bool:
-    """Whether what an operator gives shows elements by other means than elements: a shape that depends on them, or a
-    number or truth for Python. With a private operand such a call is refused."""
-    return rules.dynamic or any(item.kind != "Tensor" for item in rules.returns)
 
 
 class _Walk:

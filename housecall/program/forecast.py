@@ -24,7 +24,7 @@ from .ops import operator
 from .outcome import Spec, expected, spec, stand_in
 from .run import arguments_of, computing, overload
 from .trust import FORWARDS, check_given_back, check_types
-from .typing import meta, type_of
+from .typing import address_of, meta, type_of
 
 __all__ = ["MOST_DIMS", "WRAPS", "Forecast", "Made", "forecast", "shown_by_shape"]
 
@@ -161,9 +161,6 @@ def _bounded(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> For
 # -- on meta tensors --------------------------------------------------------------------------------------
 
 
-_address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
-
-
 def _typed(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forecast:
     stands = {name: _as_meta(value, rule.operator.writes) for name, value in args.items()}
     if rule.makes:
@@ -186,8 +183,8 @@ def _typed(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forec
         raise ProgramError(f"{rule.name} gives a tensor of more than {MOST_DIMS} dimensions")
     if any(n < 0 for tensor in _tensors(result) for n in tensor.shape):  # torch's own `expand` gives such
         raise ProgramError(f"{rule.name} gives a tensor with a dimension below 0")
-    given = {_address(tensor) for tensor in _tensors(stands)}
-    storages = {_address(tensor): tensor.untyped_storage().nbytes() for tensor in _tensors(result)}
+    given = {address_of(tensor) for tensor in _tensors(stands)}
+    storages = {address_of(tensor): tensor.untyped_storage().nbytes() for tensor in _tensors(result)}
     fresh = sum(nbytes for address, nbytes in storages.items() if address not in given)
     outcome = expected(rule.operator, result)
     widest = max([spec(type_of(tensor)).volume for tensor in _tensors(result)], default=0)
@@ -213,7 +210,7 @@ def _made(rule: _Rule, result: Any, given: set[Any]) -> tuple[Made | None, ...] 
 
 def _made_one(tensor: torch.Tensor, given: set[Any]) -> Made:
     type_ = msgspec.structs.replace(type_of(tensor), device="cpu")
-    return Made(spec(type_), tensor.untyped_storage().nbytes(), _address(tensor) not in given)
+    return Made(spec(type_), tensor.untyped_storage().nbytes(), address_of(tensor) not in given)
 
 
 def _run(rule: _Rule, stands: dict[str, Any]) -> tuple[Any, _Tally]:
@@ -264,8 +261,8 @@ class _Tally(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         result = func(*args, **kwargs)
-        given = {_address(tensor) for tensor in _tensors([args, kwargs])}
-        made = [tensor.untyped_storage().nbytes() for tensor in _tensors(result) if _address(tensor) not in given]
+        given = {address_of(tensor) for tensor in _tensors([args, kwargs])}
+        made = [tensor.untyped_storage().nbytes() for tensor in _tensors(result) if address_of(tensor) not in given]
         self.largest = max(self.largest, *made, 0)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:

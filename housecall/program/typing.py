@@ -13,7 +13,10 @@ import torch
 from ..errors import ProgramError
 from ..types import TensorType
 
-__all__ = ["DTYPES", "meta", "symbol", "type_of"]
+__all__ = ["DTYPES", "address_of", "meta", "symbol", "type_of"]
+
+# The address of a tensor's storage: equal for all that share it, while one of them lives.
+address_of: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
 
 DTYPES: dict[str, torch.dtype] = {
     str(value).removeprefix("torch."): value for value in vars(torch).values() if type(value) is torch.dtype

@@ -28,6 +28,7 @@ from ..program.flow import written
 from ..program.forecast import Made
 from ..program.ops import operator
 from ..program.outcome import Spec
+from ..program.typing import address_of
 from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Run
 from .history import Episode
@@ -39,8 +40,6 @@ from .store import Cell, Failed, Store
 __all__ = ["Metered", "Precedent"]
 
 MOST = 64  # precedents of one plan
-
-_address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
 
 
 class Precedent(NamedTuple):
@@ -136,7 +135,7 @@ class Metered:
         if undone or failed:
             known, failures = self._again(known, undone, failed)
         shared = {known.cells[ref] for ref in self._inputs}
-        taken = {_address(value) for value in self._values if isinstance(value, torch.Tensor)}
+        taken = {address_of(value) for value in self._values if isinstance(value, torch.Tensor)}
         for (_, ref), out, value in zip(plan.program.outputs, message.outs, plan.outputs(registers), strict=True):
             if isinstance(value, torch.Tensor):
                 if known.after[ref]:

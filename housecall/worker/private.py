@@ -26,6 +26,7 @@ from ..program.forecast import Made, shown_by_shape
 from ..program.ops import operator
 from ..program.run import Randomness, arguments_of, execute
 from ..program.trust import check_values, trusts_values
+from ..program.typing import address_of
 from ..types import Label
 from .history import History
 from .store import Draws, Store, writes
@@ -68,8 +69,6 @@ _BY_SHAPE = frozenset(
 
 log = logging.getLogger(__name__)
 
-_address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
-
 
 def check_private(call: Call, label: Label, store: Store) -> None:
     """Refuse a call whose results' shapes would tell of private elements. Raises `ProgramError`; reads no element."""
@@ -111,7 +110,7 @@ def run_private(
         store.drawn = store.drawn | label
         store.drew(Draws(1, call.op not in _BY_SHAPE))
     store.mark(written, label, failed=failed)  # before it begins: what fails halfway has written, too
-    taken = {_address(store[ref]) for ref in read}
+    taken = {address_of(store[ref]) for ref in read}
     results = _Beside(store)
     try:
         if trusts_values(call.op):
@@ -146,7 +145,7 @@ def settled(value: Any, made: Made, taken: set[Any], device: torch.device) -> to
     given = value if isinstance(value, torch.Tensor) else blank(made, device)
     if made.fresh and not _is_as(given, made, taken):
         given = _laid_out(given, made)
-    taken.add(_address(given))
+    taken.add(address_of(given))
     return given
 
 
@@ -159,7 +158,7 @@ def _is_as(value: torch.Tensor, made: Made, taken: Collection[Any]) -> bool:
         and value.storage_offset() == type_.offset
         and (value.is_conj(), value.is_neg()) == (type_.conj, type_.neg)
         and value.untyped_storage().nbytes() == made.nbytes
-        and _address(value) not in taken
+        and address_of(value) not in taken
     )
 
 

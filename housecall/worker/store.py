@@ -18,13 +18,11 @@ from ..program.call import Call, Items, refs
 from ..program.check import written_by
 from ..program.ops import operator
 from ..program.outcome import Spec, spec
-from ..program.typing import type_of
+from ..program.typing import address_of, type_of
 from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Failure, Info, Tag
 
 __all__ = ["Cell", "Draws", "Failed", "Halt", "Missing", "Store", "writes"]
-
-_address: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
 
 
 class Failed(Exception):
@@ -117,7 +115,7 @@ class Store(dict[int, Any]):
 
     def count(self, ref: int, value: torch.Tensor, expected: Spec | None = None) -> None:
         """A slot was bound: charge its storage, unless another slot has. `expected` is the type it should have."""
-        address = _address(value)
+        address = address_of(value)
         cell = self._by_address.get(address)
         if cell is None:
             nbytes = value.untyped_storage().nbytes()
@@ -133,7 +131,7 @@ class Store(dict[int, Any]):
 
     def lend(self, ref: int, value: torch.Tensor, label: Label) -> None:
         """Bind a slot to a tensor of the owner's: charged to nobody, and neither it nor a view may be written."""
-        address = _address(value)
+        address = address_of(value)
         self.lent[address] = value
         if address not in self._by_address:
             self._by_address[address] = Cell(address, 0)
