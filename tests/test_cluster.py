@@ -10,7 +10,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
+import housecall as hc
 from housecall.cluster import OWNER, PREFIX, _hold, _sweep
 
 HELD = """
@@ -74,3 +76,10 @@ def test_clusters_sweep_when_they_start() -> None:
         )
         assert done.stdout.startswith(place)
         assert list(Path(place).glob(f"{PREFIX}*")) == []
+
+
+@pytest.mark.slow
+def test_two_gigabytes_go_there_and_back() -> None:
+    x = torch.arange(2**29, dtype=torch.float32)
+    with hc.LocalCluster(1) as (worker,):
+        assert torch.equal(hc.send(x, worker).get(), x)
