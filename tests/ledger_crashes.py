@@ -1,12 +1,13 @@
 """Processes that keep a ledger and kill themselves (SIGKILL) at a chosen write or fsync.
 
 For every such point, `python ledger_crashes.py FOLDER STORY` forks a child that plays a story in a folder of its own:
-"entries", or "statistics". What the ledger acknowledged the child notes in `acknowledged` beside it, what it was about
+"entries", or "payments". What the ledger acknowledged the child notes in `acknowledged` beside it, what it was about
 to ask for in `begun`: with plain writes, which outlive a kill.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -17,11 +18,14 @@ from pathlib import Path
 
 from housecall.owner.ledger import Entry, Kind, Ledger
 from housecall.owner.policy import Budget, Policy, Release, Use
-from housecall.worker.gate import Gate, Who
+from housecall.privacy.clip import Clip
+from housecall.privacy.noise import Noise
+from housecall.worker.gate import Gate, Registered, Who
 
 MODES = ("before", "half", "after")
 FILE_BYTES = 1_200  # two entries or three: files change within the story
-STATISTICS = Policy(use=Use(statistics=("me",)), release=Release(statistics=True), budget=Budget(epsilon=100))
+DATA = Registered("heart", 100, "record", lambda: "the data")
+WHO = Who("me", "scientist")
 
 
 class Killer:
@@ -70,21 +74,34 @@ def story(folder: Path, killer: Killer) -> None:
     ledger.close()
 
 
-def statistics(folder: Path, killer: Killer) -> None:
-    """Statistics that cost 1, 2, 4 ... of epsilon: each is paid, and then answered."""
+def policy(noise: Noise) -> Policy:
+    return Policy(
+        use=Use(interactive=("me",), statistics=("me",)),
+        release=Release(statistics=True, update=(Clip(norm=1), noise)),
+        budget=Budget(epsilon=1_000, delta=1e-5),
+    )
+
+
+def payments(folder: Path, killer: Killer) -> None:
+    """Statistics that cost 1, 4, 16 of epsilon, between them updates that cost some 2, 8, 32 of rho: each is paid, then
+    answered."""
     ledger = Ledger(folder, file_bytes=FILE_BYTES, write=killer.write, sync=killer.sync)
-    gate = Gate({"heart": STATISTICS}, ledger=ledger)
     for number in range(6):
-        cost = 2.0**number
+        noise = Noise(multiplier=math.sqrt(2 / 2**number))
+        gate = Gate({"heart": policy(noise)}, ledger=ledger)
+        cost = noise.rho if number % 2 else 2.0**number
         note(folder, "begun", f"paid {cost}")
-        paid = gate.statistics(Who("me", "scientist"), "heart", "record", lambda: "the data", cost, "a mean")
+        if number % 2:
+            _, (paid,) = gate.update(WHO, [DATA], "an update")
+        else:
+            paid = gate.statistics(WHO, DATA, cost, "a mean")
         note(folder, "acknowledged", f"{paid.sequence} paid {cost}")
-        gate.answered(Who("me", "scientist"), "heart", paid)
+        gate.answered(WHO, paid, "it")
         note(folder, "acknowledged", f"{paid.sequence} answered {cost}")
     ledger.close()
 
 
-STORIES = {"entries": story, "statistics": statistics}
+STORIES = {"entries": story, "payments": payments}
 
 
 def killed(play: Callable[[Path, Killer], None], folder: Path, at: int, mode: str) -> bool:

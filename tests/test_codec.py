@@ -28,6 +28,7 @@ from housecall.wire.messages import (
     Define,
     Describe,
     Drop,
+    Evaluate,
     Failure,
     Fetch,
     Found,
@@ -55,6 +56,8 @@ from housecall.wire.messages import (
     Submit,
     Tag,
     Types,
+    Update,
+    Updated,
     Value,
 )
 
@@ -256,6 +259,9 @@ MESSAGES: tuple[Message, ...] = (
     Request((6,), "for the paper"),
     Status("request-1"),
     Submit("ab" * 32, (1, 2), "for science", 3),
+    Evaluate("heart", "ab" * 32, (1, "x", "y"), (0.0, 1.0)),
+    Evaluate("heart", "ab" * 32, (2, "x"), (-0.5, 0.5), "for science", 3),
+    Update((1, 2), (3, 4)),
 )
 OWNED = Owned("heart", (Column("x", "float32", (13,)), Column("y", "int64", ())), 2**40, ("#heart",), "of Cleveland")
 RESULTS = (
@@ -266,7 +272,8 @@ RESULTS = (
     Found((), (OWNED, OWNED, msgspec.structs.replace(OWNED, unit="person", mock=9))),
     Mocked((ARRAY, ARRAY)),
     Mocked(()),
-    Noised((0.5, -1.0), 0.25, 2.0),
+    Updated((ARRAY, ARRAY), 0.25),
+    Noised((0.5, -1.0), 0.25, 0.5, 2.0),
     Requested("request-1", "denied", "not for this"),
 )
 

@@ -39,6 +39,7 @@ from housecall.owner.journal import LAG, MAX_LINE, Line
 from housecall.owner.ledger import Account, Entry, Ledger, Privacy, Sealed
 from housecall.owner.policy import Budget
 from housecall.owner.spending import Spending, recount
+from housecall.privacy.accounting import Cost, exact
 
 NOON = datetime(2030, 1, 2, 12, 0, 0, 5, tzinfo=UTC)
 RELEASE = Entry(
@@ -606,15 +607,15 @@ def test_no_kill_loses_what_was_acknowledged(tmp_path: Path) -> None:
 def test_no_kill_gives_back_what_was_spent(tmp_path: Path) -> None:
     """The least that may be spent is what was paid for sure, the most what was begun."""
     answered = set()
-    for folder in sorted(crashes(tmp_path, "statistics").iterdir()):
+    for folder in sorted(crashes(tmp_path, "payments").iterdir()):
         acknowledged, begun = noted(folder, "acknowledged"), noted(folder, "begun")
         with Ledger(folder, file_bytes=1_200) as ledger:
-            spent = recount(ledger.entries()).get("the data", 0)
-            left = Spending(ledger).left("the data", Budget(epsilon=1_000))
+            spent = recount(ledger.entries()).get("the data", Cost())
+            left = Spending(ledger).left("the data", Budget(epsilon=1_000, delta=1e-5))
             released = {sealed.entry.of for sealed in ledger.entries() if sealed.entry.kind == "release"}
-        least = sum(float(cost) for _, what, cost in acknowledged if what == "paid")
-        assert least <= spent <= sum(float(cost) for _, cost in begun), folder
-        assert left == 1_000 - spent
+        least = sum(exact(float(cost)) for _, what, cost in acknowledged if what == "paid")
+        assert least <= sum(spent) <= sum(exact(float(cost)) for _, cost in begun), folder
+        assert left == float(1_000 - spent.at(1e-5))
         assert {int(of) for of, what, _ in acknowledged if what == "answered"} <= released, folder
         answered |= released
     assert len(answered) >= 6
@@ -963,7 +964,7 @@ def clinic(tmp_path: Path) -> Path:
 
 def test_the_command_shows_what_left(clinic: Path) -> None:
     shown = run("--folder", clinic)
-    for text in ("2030-01-02 12:00:00", "release", "scientist 'alice'", "heart + labs", "abababababab", "clip, noise"):
+    for text in ("2030-01-02 12:00:00", "release", "scientist 'alice'", "heart + labs", "abababababab", "clip > noise"):
         assert text in shown
     assert "ε 0.5, δ 1e-06 per person" in shown
     assert r"\u202e[red]" in shown  # neither a terminal nor rich obeys it

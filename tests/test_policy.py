@@ -20,7 +20,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import housecall.owner.policy
 from housecall.cli import policy as cli
 from housecall.errors import HousecallError, PolicyError
 from housecall.host.config import CONFIG_FILE
@@ -41,6 +40,9 @@ from housecall.owner.policy import (
     matches,
 )
 from housecall.owner.signing import OwnerKey, public_key, verify
+from housecall.privacy.clip import Clip
+from housecall.privacy.noise import Noise
+from housecall.privacy.pipeline import words
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 D1, D2 = "1" * 64, "2" * 64
@@ -55,11 +57,13 @@ def ask(policy: Policy, kind: Any, who: str = "alice", role: str = "scientist", 
 
 NAMES = ("alice", "bob", "carol")
 ENTRIES = ("*", "alice", "bob", "scientist/*", "scientist/alice", "worker/*", "worker/bob")
-STAGES = ("clip", "noise", "mask")
+CLIP, NOISE = Clip(norm=1.0), Noise(multiplier=8.0)
+STAGES = (CLIP, NOISE, Clip(norm=2.0))
+ALL = Use(plans=("*",))
 KINDS = ("interactive", "plan", "statistics", "exact", "update", "metrics")
 
 
-def some(values: tuple[str, ...], most: int = 3) -> st.SearchStrategy[tuple[str, ...]]:
+def some(values: tuple[Any, ...], most: int = 3) -> st.SearchStrategy[tuple[Any, ...]]:
     return st.lists(st.sampled_from(values), max_size=most).map(tuple)
 
 
@@ -76,9 +80,9 @@ def policies() -> st.SearchStrategy[Policy]:
             Release,
             exact=who,
             approvals=st.booleans(),
-            update=some(STAGES),
+            update=st.sampled_from([(), (CLIP,), (CLIP, NOISE), (CLIP, NOISE, CLIP), (STAGES[2], NOISE)]),
             statistics=st.booleans(),
-            metrics=st.builds(Metrics, minimum=st.integers(0, 100), noise=st.floats(0, 10)),
+            metrics=st.builds(Metrics, minimum=st.integers(0, 100), noise=st.sampled_from([0, 0.5, 3, 10])),
         ),
         budget=st.builds(
             Budget, epsilon=st.floats(0, 100), delta=st.floats(0, 0.5), unit=st.sampled_from(["record", "person"])
@@ -94,6 +98,7 @@ def questions() -> st.SearchStrategy[Asked]:
         role=st.sampled_from(["scientist", "worker", ""]),
         digest=st.sampled_from(["", D1, D2, "3" * 64]),
         pipeline=some(STAGES, 4),
+        count=st.sampled_from([0, 10, 10**6]),
         approved=st.booleans(),
     )
 
@@ -177,25 +182,64 @@ def test_use_that_was_withdrawn_keeps_values_here() -> None:
     assert ask(Policy(release=Release(exact=("alice",))), "exact").rule == "use"
 
 
-def test_no_stage_of_an_update_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = Policy(use=Use(plans=("alice",)), release=Release(update=("clip", "noise")))
-    refused = ask(policy, "update", pipeline=("clip", "noise"))
-    assert (refused.rule, refused.allowed) == ("release.update", False)
-    assert "stages that this version does not have (clip, noise)" in refused.text
-    monkeypatch.setattr(housecall.owner.policy, "STAGES", frozenset(STAGES))  # once they exist
+def test_no_stage_of_an_update_is_left_out() -> None:
+    budget = Budget(epsilon=3, delta=1e-6)
+    policy = Policy(use=Use(plans=("alice",)), release=Release(update=(CLIP, NOISE)), budget=budget)
     for pipeline in itertools.chain.from_iterable(itertools.product(STAGES, repeat=count) for count in range(4)):
-        assert ask(policy, "update", pipeline=pipeline).allowed == (pipeline[:2] == ("clip", "noise")), pipeline
-    refused = ask(policy, "update", pipeline=("clip", "mask", "noise"))
-    assert refused.rule == "release.update"
-    assert "only through clip > noise" in refused.text
-    assert refused.would_allow == ("updates through clip > noise",)
-    assert not ask(Policy(use=Use(plans=("alice",))), "update", pipeline=("clip",)).allowed
+        assert ask(policy, "update", pipeline=pipeline).allowed == (pipeline[:2] == (CLIP, NOISE)), pipeline
+    for pipeline in ((CLIP, Noise(multiplier=7.9)), (Clip(norm=1.1), NOISE), (CLIP, CLIP, NOISE)):
+        refused = ask(policy, "update", pipeline=pipeline)
+        assert refused.rule == "release.update"
+    assert "only through clip(norm=1) > noise(multiplier=8)" in refused.text
+    assert refused.would_allow == ("updates through clip(norm=1) > noise(multiplier=8)",)
+    assert not ask(Policy(use=Use(plans=("alice",))), "update", pipeline=(CLIP,)).allowed
 
 
-def test_what_is_not_built_yet_is_refused_and_says_so() -> None:
-    policy = Policy(use=Use(plans=("*",)), release=Release(metrics=Metrics(minimum=10)))
-    assert "evaluation loop, which does not exist yet" in ask(policy, "metrics").text
-    assert "does not exist yet" not in ask(Policy(use=policy.use), "metrics").text
+@pytest.mark.parametrize(
+    ("budget", "rule"),
+    [
+        (Budget(epsilon=3), "budget.delta"),
+        (Budget(epsilon=1, delta=1e-6), "budget.epsilon"),  # one costs 1.14
+        (Budget(epsilon=1.2, delta=1e-6), ""),
+    ],
+)
+def test_an_update_that_no_budget_could_pay_for_is_refused(budget: Budget, rule: str) -> None:
+    policy = Policy(use=Use(interactive=("alice",)), release=Release(update=(CLIP, NOISE)), budget=budget)
+    found = ask(policy, "update", pipeline=(CLIP, NOISE))
+    assert (found.allowed, found.rule) == (not rule, rule)
+    clipped = msgspec.structs.replace(policy, release=Release(update=(CLIP,)))
+    assert ask(clipped, "update", pipeline=(CLIP,)).allowed  # nothing is promised, nothing is paid
+
+
+@pytest.mark.parametrize(
+    ("policy", "rule"),
+    [
+        (Policy(use=Use(interactive=("*",))), "use.plans"),
+        (Policy(use=Use(plans=("*",))), "release.metrics"),
+        (
+            Policy(use=ALL, release=Release(metrics=Metrics(minimum=101, noise=5))),
+            "release.metrics.minimum",
+        ),
+        (Policy(use=ALL, release=Release(metrics=Metrics(minimum=100, noise=5))), "budget.epsilon"),
+        (
+            Policy(use=ALL, release=Release(metrics=Metrics(minimum=100, noise=5)), budget=Budget(epsilon=1)),
+            "",
+        ),
+        (Policy(use=ALL, release=Release(metrics=Metrics(minimum=100))), "plans.digests"),
+        (
+            Policy(use=ALL, plans=Plans(digests=(D1,)), release=Release(metrics=Metrics(minimum=100))),
+            "",
+        ),
+        (
+            Policy(use=Use(plans=("*",)), plans=Plans(ask=True), release=Release(metrics=Metrics(minimum=9))),
+            "plans.ask",
+        ),
+    ],
+)
+def test_metrics_need_records_and_noise_that_is_paid_or_an_accepted_program(policy: Policy, rule: str) -> None:
+    found = ask(policy, "metrics", digest=D1, count=100)
+    assert (found.allowed, found.rule) == (not rule, rule)
+    assert found.approvable is (rule == "plans.ask")
 
 
 @pytest.mark.parametrize(
@@ -275,8 +319,13 @@ def test_what_would_be_allowed_is(known: dict[str, Policy], asked: Asked) -> Non
             assert allowed("exact", approved=True)
         elif offer == "statistics, as long as the budget pays for them":
             assert allowed("statistics")
+        elif offer == "metrics, as long as the budget pays for them":
+            assert allowed("metrics", count=asked.count or 10**9)
+        elif offer == "metrics without noise, of programs that the owner accepts":
+            assert allowed("metrics", count=asked.count or 10**9, approved=True)
         else:
-            assert allowed("update", pipeline=tuple(offer.removeprefix("updates through ").split(" > ")))
+            through = {words(policy.release.update): policy.release.update for policy in known.values()}
+            assert allowed("update", pipeline=through[offer.removeprefix("updates through ")])
     approved = decide(known, known, msgspec.structs.replace(asked, approved=True), NOW)
     assert decision.allowed or decision.approvable is (approved.allowed and not asked.approved)
 
@@ -298,7 +347,7 @@ def test_what_does_not_loosen_permits_nothing_more(old: Policy, new: Policy, ask
 
 
 def rest(asked: Asked) -> dict[str, Any]:
-    return {"digest": asked.digest, "pipeline": asked.pipeline, "approved": asked.approved}
+    return {"digest": asked.digest, "pipeline": asked.pipeline, "count": asked.count, "approved": asked.approved}
 
 
 @st.composite
@@ -316,7 +365,7 @@ def tightened(draw: st.DrawFn) -> tuple[Policy, Policy]:
             new(policy, plans=new(plans, ask=False)),
             new(policy, release=new(release, exact=release.exact[1:])),
             new(policy, release=new(release, approvals=False)),
-            new(policy, release=new(release, update=(*release.update, "mask") if release.update else ())),
+            new(policy, release=new(release, update=(*release.update, CLIP) if release.update else ())),
             new(policy, release=new(release, update=())),
             new(policy, release=new(release, statistics=False)),
             new(policy, release=new(release, metrics=Metrics())),
@@ -345,13 +394,13 @@ def test_nothing_changes_between_equals_and_all_loosens_what_denies(policy: Poli
 
 
 def test_changes_say_what_is_looser() -> None:
-    old = Policy(use=Use(interactive=("bob",)), release=Release(update=("clip", "noise")), expires=NOW)
-    new = Policy(use=Use(interactive=("alice",)), release=Release(update=("noise",)), budget=Budget(unit="person"))
+    old = Policy(use=Use(interactive=("bob",)), release=Release(update=(CLIP, NOISE)), expires=NOW)
+    new = Policy(use=Use(interactive=("alice",)), release=Release(update=(CLIP,)), budget=Budget(unit="person"))
     assert [str(change) for change in changes(old, new)] == [
         "LOOSER  expires: 2026-03-01 12:00:00+00:00 becomes never",
         "LOOSER  use.interactive: adds alice",
         "tighter  use.interactive: removes bob",
-        "LOOSER  release.update: clip > noise becomes noise",
+        "LOOSER  release.update: clip(norm=1) > noise(multiplier=8) becomes clip(norm=1)",
         "tighter  budget.unit: record becomes person",
     ]
     assert loosens(old, new)[0].startswith("expires: ")
@@ -372,11 +421,14 @@ def test_changes_say_what_is_looser() -> None:
         (Policy(expires=NOW), "it ended at 2026-03-01"),
         (Policy(release=Release(exact=("alice",))), "it has no effect"),
         (Policy(use=Use(plans=("a",))), "[plans] accepts no program"),
-        (Policy(release=Release(update=("clip",))), "neither noise nor mask"),
-        (Policy(release=Release(update=("clip", "noise"))), "stages that this version does not have (clip, noise)"),
+        (Policy(release=Release(update=(CLIP,))), "release.update has no noise"),
+        (Policy(release=Release(update=(CLIP, NOISE))), "[use] lets nobody make one"),
+        (Policy(use=Use(plans=("a",)), release=Release(update=(CLIP, NOISE))), "budget.delta cannot pay"),
         (Policy(budget=Budget(epsilon=1)), "nothing spends from it"),
-        (Policy(budget=Budget(delta=0.1)), "budget.delta is spent by nothing"),
-        (Policy(release=Release(metrics=Metrics(minimum=10))), "metrics are refused in this version"),
+        (Policy(budget=Budget(delta=0.1)), "budget.delta is for updates with noise"),
+        (Policy(release=Release(metrics=Metrics(minimum=10))), "metrics leave if use.plans names somebody"),
+        (Policy(release=Release(metrics=Metrics(minimum=10))), "release.metrics has no noise"),
+        (Policy(use=Use(plans=("a",)), release=Release(metrics=Metrics(minimum=9, noise=1))), "too little epsilon"),
         (Policy(budget=Budget(epsilon=50)), "promises next to nothing"),
         (Policy(release=Release(statistics=True)), "one has no effect"),
         (Policy(use=Use(statistics=("a",)), release=Release(statistics=True)), "no epsilon that a statistic could"),
@@ -397,7 +449,7 @@ def test_explain_says_what_one_could_obtain() -> None:
     policy = Policy(
         use=Use(interactive=("alice",), plans=("alice", "bob")),
         plans=Plans(digests=(D1,), ask=True),
-        release=Release(exact=("alice",), approvals=True, update=("clip", "noise")),
+        release=Release(exact=("alice",), approvals=True, update=(CLIP, NOISE), metrics=Metrics(minimum=20, noise=10)),
         budget=Budget(epsilon=3, delta=1e-5, unit="person"),
         expires=NOW + timedelta(days=1),
     )
@@ -408,10 +460,21 @@ def test_explain_says_what_one_could_obtain() -> None:
     assert "EXACT VALUES" not in bob
     assert "exact value if you approve it" in bob
     assert f"May run 1 recorded programs without asking: {D1}" in bob
-    assert "No updates: the policy would let them out, and this version refuses them" in bob
-    assert "epsilon" not in bob  # nothing promises what nothing pays
+    assert "updates of models that passed clip(norm=1) > noise(multiplier=8): one costs epsilon 1.01 at" in bob
+    assert "if they are 20 or more, noised by your worker's own code, each for epsilon 0.141" in bob
+    assert "until all metrics and updates that were ever made of this data, for whomever, cost epsilon 3 at" in bob
+    poor = "\n".join(explain(msgspec.structs.replace(policy, budget=Budget()), "bob", "scientist", NOW))
+    assert "No updates: the policy would let them out, and [budget] has too little to pay for one" in poor
+    assert "No metrics: the policy would let them out, and [budget] has too little to pay for one" in poor
+    assert "epsilon" not in poor  # nothing promises what nothing pays
+    plain = Release(update=(CLIP,), metrics=Metrics(minimum=20))
+    shown = "\n".join(explain(msgspec.structs.replace(policy, release=plain), "bob", "scientist", NOW))
+    assert "MAY TAKE UPDATES WITHOUT NOISE" in shown
+    assert "MAY HAVE EXACT MEANS" in shown
     more = msgspec.structs.replace(policy, use=Use(statistics=("bob",)), release=Release(statistics=True))
-    assert "for whomever, cost epsilon 3 for each person" in "\n".join(explain(more, "bob", "scientist", NOW))
+    assert "for whomever, cost epsilon 3 at delta 1e-05 for each person" in "\n".join(
+        explain(more, "bob", "scientist", NOW)
+    )
     assert explain(policy, "carol", "scientist", NOW) == ["Nothing: no rule permits 'carol' anything."]
     assert explain(policy, "alice", "scientist", NOW + timedelta(days=1))[0].startswith("Nothing: the policy ended")
 
@@ -426,7 +489,7 @@ def test_explain_shouts_exactly_when_exact_values_leave(policy: Policy, who: str
 def test_nothing_is_explained_only_if_nothing_is_permitted(policy: Policy) -> None:
     if explain(policy, "alice", "scientist", NOW)[0].startswith("Nothing"):
         for kind in KINDS:
-            assert not ask(policy, kind, digest=D1, pipeline=policy.release.update).allowed
+            assert not ask(policy, kind, digest=D1, pipeline=policy.release.update, count=10**6).allowed
 
 
 # -- as a file --------------------------------------------------------------------------------------------------
@@ -462,7 +525,16 @@ def test_every_key_has_a_sentence() -> None:
         ('[use]\nplans = ["al*"]', "is none of"),
         ('[plans]\ndigests = ["12"]', "64 hexadecimal digits"),
         (f'[plans]\ndigests = ["{"A" * 64}"]', "64 hexadecimal digits"),
-        ('[release]\nupdate = ["Clip"]', "names of stages"),
+        ('[release]\nupdate = ["clip"]', "Expected `object`, got `str`"),
+        (
+            '[release]\nupdate = [{stage = "mask"}]',
+            "Invalid value 'mask' - at `release.update[0].stage`; expected clip or",
+        ),
+        ('[release]\nupdate = [{stage = "clip", norm = 0.0}]', "`float` >= 1e-09"),
+        ('[release]\nupdate = [{stage = "clip", norm = nan}]', "`float` >= 1e-09"),
+        ('[release]\nupdate = [{stage = "clip", norm = 1.0, by = 2}]', "unknown field `by`"),
+        ('[release]\nupdate = [{stage = "noise", multiplier = 1.0}]', "has no clip before it"),
+        ("[release.metrics]\nnoise = 1e-6", "hides nothing"),
         ("[release]\napprovals = 1", "Expected `bool`"),
         ("version = 0", "`int` >= 1"),
         ("version = true", "Expected `int`"),

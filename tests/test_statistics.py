@@ -24,11 +24,11 @@ from housecall.errors import DataError, LedgerError, PolicyError, UsageError
 from housecall.owned.catalogue import Catalogue
 from housecall.owner.ledger import Ledger
 from housecall.owner.policy import Budget, Policy, Release, Use
+from housecall.privacy.laplace import laplace
 from housecall.wire.messages import Frame, Noised, Statistic, Statistics
 from housecall.worker import statistics as module
 from housecall.worker.gate import Gate, Who
 from housecall.worker.limits import Limits
-from housecall.worker.noise import laplace
 from housecall.worker.worker import Worker
 
 ME = Who("me", "scientist")
@@ -435,7 +435,7 @@ def test_an_owner_is_told_what_is_spent_and_what_is_left(cluster: hc.LocalCluste
     assert f"budget of told: {told}" in shown
     assert "ε 0.75, δ 0 per record" in shown
     assert "paid: entry" in shown
-    assert "data that is not here any more, or was replaced: epsilon 0.75 in all" in shown
+    assert "data that is not here any more, or was replaced: epsilon 0.75 and rho 0 in all" in shown
     explained = CliRunner().invoke(app, ["worker", "policy", "explain", "told", "--folder", folder]).output
     assert "May have statistics" in explained
     assert explained.endswith(f"budget of told: {told}\n")

@@ -56,6 +56,8 @@ ANSWERS = {
     "Open": "`Found`",
     "Mock": "`Mocked`",
     "Statistics": "`Noised`",
+    "Evaluate": "`Noised`, or `Requested`",
+    "Update": "`Updated`",
     "Request": "`Requested`",
     "Submit": "`Requested`",
     "Status": "`Requested`",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 
 from ..errors import LedgerError
@@ -11,6 +10,7 @@ from ..owned.catalogue import Catalogue
 from ..owner.ledger import Account
 from ..owner.policies import standing
 from ..owner.spending import recount, told
+from ..privacy.accounting import Cost
 
 __all__ = ["budgets"]
 
@@ -22,17 +22,18 @@ def budgets(place: Path, public: bytes, only: str = "") -> Iterator[str]:
     catalogue = Catalogue(place)
     for name in catalogue.names():
         content = catalogue.content(name)
-        used = spent.get(content, Fraction())
+        used = spent.get(content, Cost())
         here.add(content)
         budget = standing(place, name, public)[0].budget
-        if (used or budget.epsilon) and only in ("", name):
+        if (any(used) or budget.epsilon) and only in ("", name):
             yield f"{name}: {told(budget, used)}"
     gone = [used for content, used in spent.items() if content not in here]
     if gone and not only:
-        yield f"data that is not here any more, or was replaced: epsilon {float(sum(gone)):.12g} in all"
+        epsilon, rho = (float(sum(parts)) for parts in zip(*gone, strict=True))
+        yield f"data that is not here any more, or was replaced: epsilon {epsilon:.12g} and rho {rho:.6g} in all"
 
 
-def _spent(place: Path) -> dict[str, Fraction]:
+def _spent(place: Path) -> dict[str, Cost]:
     try:
         account = Account(place)
     except LedgerError:  # none was begun

@@ -140,7 +140,7 @@ def _table(entries: deque[Sealed]) -> Table:
             entry.principal,
             " + ".join(entry.data_sets),
             entry.program[:12],
-            ", ".join(entry.pipeline),
+            " > ".join(entry.pipeline),
             _cost(entry),
             entry.decision or entry.details,
         )
@@ -152,7 +152,10 @@ def _cost(entry: Entry) -> str:
     cost = entry.privacy
     if entry.kind == "release" and entry.of is not None:  # so that nobody adds it up twice
         return f"paid: entry {entry.of}"
-    return "" if cost is None else f"ε {cost.epsilon:g}, δ {cost.delta:g} per {cost.unit}"
+    if cost is None:
+        return ""
+    paid = f"ε {cost.epsilon:g}, δ {cost.delta:g}" if cost.rho is msgspec.UNSET else f"ρ {cost.rho:.4g}"
+    return f"{paid} per {cost.unit}"
 
 
 def _time(time: datetime) -> str:

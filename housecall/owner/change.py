@@ -12,7 +12,9 @@ from typing import Any
 
 import msgspec
 
-from .policy import DENY, STAGES, Policy
+from ..privacy import pipeline
+from ..privacy.pipeline import Stage
+from .policy import DENY, Policy, unpaid
 
 __all__ = ["Change", "changes", "loosens", "warnings"]
 
@@ -89,7 +91,7 @@ def _number(key: str, old: float, new: float) -> Iterator[Change]:
         yield _from_to(key, f"{old:g}", f"{new:g}", loosens=new > old)
 
 
-def _stages(old: tuple[str, ...], new: tuple[str, ...]) -> Iterator[Change]:
+def _stages(old: tuple[Stage, ...], new: tuple[Stage, ...]) -> Iterator[Change]:
     """No stages let nothing out; more of them after the same ones are tighter; any other change may let out more."""
     if old != new:
         tighter = not new or (bool(old) and new[: len(old)] == old)
@@ -102,15 +104,17 @@ def _metrics(old: Policy, new: Policy) -> Iterator[Change]:
         looser = after.minimum > 0 and (before.minimum == 0 or after.minimum < before.minimum)
         yield _from_to("release.metrics.minimum", before.minimum, after.minimum, loosens=looser)
     if before.noise != after.noise:
-        yield _from_to("release.metrics.noise", before.noise, after.noise, loosens=after.noise < before.noise)
+        # Without noise only accepted programs are scores; noise that no budget could pay for let nothing out.
+        looser = after.noise < before.noise or not before.noise or before.epsilon > old.budget.epsilon
+        yield _from_to("release.metrics.noise", before.noise, after.noise, loosens=looser)
 
 
 def _from_to(key: str, old: Any, new: Any, *, loosens: bool) -> Change:
     return Change(key, loosens, f"{old} becomes {new}")
 
 
-def _piped(stages: tuple[str, ...]) -> str:
-    return " > ".join(stages) or "no updates"
+def _piped(stages: tuple[Stage, ...]) -> str:
+    return pipeline.words(stages) or "no updates"
 
 
 # -- what is loose in one policy ------------------------------------------------------------------------------
@@ -144,8 +148,10 @@ def _wide(policy: Policy) -> Iterator[str]:
                 yield f'{key} has "{entry}", and nobody is ever a "{role}": expected {" or ".join(_ROLES)}'
     if policy.use.plans and "*" in policy.plans.digests:
         yield 'plans.digests has "*": any program runs, and nobody has read it'
-    if policy.release.update and not {"noise", "mask"} & set(policy.release.update):
-        yield "release.update has neither noise nor mask: a single update can tell of single records"
+    if policy.release.update and not pipeline.rho(policy.release.update):
+        yield "release.update has no noise: a single update can tell of single records"
+    if policy.release.metrics.minimum and not policy.release.metrics.noise:
+        yield "release.metrics has no noise: means of a model's scores tell of single records, to who chooses the model"
 
 
 def _without_effect(policy: Policy) -> Iterator[str]:
@@ -154,19 +160,23 @@ def _without_effect(policy: Policy) -> Iterator[str]:
         yield "release.exact names somebody whom [use] lets do nothing: it has no effect"
     if use.plans and not policy.plans.digests and not policy.plans.ask:
         yield "use.plans names somebody, but [plans] accepts no program"
-    unknown = [stage for stage in release.update if stage not in STAGES]
-    if unknown:
-        yield f"release.update asks for stages that this version does not have ({', '.join(unknown)}): it refuses them"
     if bool(use.statistics) != release.statistics:
         yield "statistics leave if use.statistics names somebody and release.statistics is true: one has no effect"
     elif release.statistics and not policy.budget.epsilon:
         yield "release.statistics has no effect: [budget] has no epsilon that a statistic could be paid from"
-    if release.metrics.minimum or release.metrics.noise:
-        yield "metrics are refused in this version: the owner's own evaluation loop does not exist yet"
-    if policy.budget.epsilon and not (use.statistics and release.statistics):
-        yield "[budget] pays for statistics, and none leave: nothing spends from it"
-    if policy.budget.delta:
-        yield "budget.delta is spent by nothing: statistics need none"
+    noised = bool(pipeline.rho(release.update)), bool(release.metrics.minimum and release.metrics.noise)
+    if release.update and not (use.interactive or use.plans):
+        yield "release.update has no effect: [use] lets nobody make one"
+    elif noised[0] and (refusal := unpaid(policy)):
+        yield f"release.update has no effect: {refusal} cannot pay for the noise of one"
+    if bool(release.metrics.minimum) != bool(use.plans) and (release.metrics.minimum or release.metrics.noise):
+        yield "metrics leave if use.plans names somebody and release.metrics.minimum is not 0: one has no effect"
+    elif noised[1] and release.metrics.epsilon > policy.budget.epsilon:
+        yield "release.metrics has no effect: [budget] has too little epsilon to pay for the noise of one"
+    if policy.budget.epsilon and not (use.statistics and release.statistics) and not any(noised):
+        yield "[budget] pays for statistics, metrics and updates, and none leave: nothing spends from it"
+    if policy.budget.delta and not noised[0]:
+        yield "budget.delta is for updates with noise, and none leave: nothing needs it"
 
 
 def _who(policy: Policy) -> Iterator[tuple[str, tuple[str, ...]]]:

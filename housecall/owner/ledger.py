@@ -49,11 +49,13 @@ Kind = Literal[
 
 
 class Privacy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A privacy event: (epsilon, delta)-differential privacy of one `unit` (Dwork and Roth 2014, definition 2.4)."""
+    """A privacy event: (epsilon, delta)-differential privacy of one `unit` (Dwork and Roth 2014, definition 2.4), or
+    `rho`-zero-concentrated differential privacy of it (Bun and Steinke 2016, definition 1.1)."""
 
     epsilon: Annotated[float, Meta(ge=0, le=1e9)]
     delta: Annotated[float, Meta(ge=0, le=1)]
     unit: Literal["record", "person"] = "record"
+    rho: Annotated[float, Meta(ge=0, le=1e9)] | UnsetType = UNSET  # so that the lines of before are canonical still
 
 
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

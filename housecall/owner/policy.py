@@ -7,9 +7,11 @@ decision cannot depend on a value because it never sees one.
 NOTE [Releases that are not offered]
 "The mean over at least k records" is not a release. Two such means whose records differ by one person give that
 person's value by subtraction (a differencing attack: Dinur and Nissim 2003; Dwork and Roth 2014, section 1.1), and a
-program can make a mean of k records out of one record and k - 1 constants. A minimum count counts only for `metrics`,
-where the owner's own evaluation loop chooses the records, never a scientist's program; that loop is not here yet. The
-means that do leave are `statistics`: of all records, made and noised by the owner's own code, paid from a budget.
+program can make a mean of k records out of one record and k - 1 constants. The means that do leave are `statistics` and
+`metrics`: of all records, made and noised by the owner's own code, paid from a budget. There, a minimum count is no
+promise either; it keeps metrics from leaving whose noise would drown them. Metrics without noise are exact means of a
+score that somebody else chose, through a model that is hers: an owner may let them out, of programs that she accepts
+one by one, and is told that this is as good as exact values. So are updates through stages without noise.
 
 NOTE [Several owners]
 A value that derives from several data sets leaves only if each of their policies lets it. The first refusal, in the
@@ -18,6 +20,7 @@ order of the names, is the answer: the same question has the same answer at any 
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
 import typing
@@ -30,13 +33,16 @@ import tomli_w
 from msgspec import Meta
 
 from ..errors import PolicyError
+from ..privacy import pipeline
+from ..privacy.accounting import Cost, exact
+from ..privacy.pipeline import Stage
 
 __all__ = [
     "DENY",
-    "STAGES",
     "Asked",
     "Budget",
     "Decision",
+    "Kind",
     "Metrics",
     "Plans",
     "Policy",
@@ -46,14 +52,11 @@ __all__ = [
     "explain",
     "matches",
     "refused",
+    "unpaid",
 ]
 
 _WHO = re.compile(r"(?:[a-z]{1,32}/)?(?:\*|[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9_])?)", re.ASCII)
 _DIGEST = re.compile(r"\*|[0-9a-f]{64}", re.ASCII)
-_STAGE = re.compile(r"[a-z][a-z0-9_-]{0,31}", re.ASCII)
-
-# The stages that an update can pass in this version. What a policy asks for and is not here is refused.
-STAGES: frozenset[str] = frozenset()
 
 Who = tuple[str, ...]
 
@@ -62,6 +65,12 @@ def _check(key: str, entries: Iterable[str], form: re.Pattern[str], expected: st
     for entry in entries:
         if not form.fullmatch(entry):
             raise PolicyError(f"{key}: {entry[:80]!r} is none of {expected}")
+
+
+def _why(error: Exception) -> str:
+    """What msgspec says, and which stages there are where it says only that this is none."""
+    text = str(error)
+    return f"{text}; expected {pipeline.NAMES}" if text.endswith((".stage`", "`stage` at `$`")) else text
 
 
 class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -73,7 +82,7 @@ class _Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             try:
                 value = msgspec.convert(getattr(self, field.name), field.type)
             except msgspec.ValidationError as error:
-                raise PolicyError(f"{field.name}: {error}".replace(" - at `$", " at `")) from None
+                raise PolicyError(f"{field.name}: {_why(error)}".replace(" - at `$", " at `")) from None
             msgspec.structs.force_setattr(self, field.name, value)
 
 
@@ -94,15 +103,32 @@ class Use(_Table, frozen=True):
 
 
 class Metrics(_Table, frozen=True):
-    """Losses and scores of a model on this data. Only the owner's own evaluation loop may release them, since a
-    count means nothing where a scientist's program chooses what is counted; until that loop exists all are refused."""
+    """Losses and scores of a model on this data: the mean, over all records, of what a program of whoever may run
+    programs gives for one record, clamped. Your worker's own loop makes it; [budget] pays for its noise."""
 
     minimum: Annotated[
         int, Meta(ge=0, le=10**9, description="Fewest records that one metric is made of; 0: no metrics leave.")
     ] = 0
     noise: Annotated[
-        float, Meta(ge=0, le=10**6, description="Standard deviation of the noise on each, times its sensitivity.")
+        float,
+        Meta(
+            ge=0,
+            le=10**6,
+            description="Standard deviation of the noise on each, times what one record, or person, can change: each "
+            "costs epsilon 1.41 / noise. 0: none, and then only programs that [plans] accepts; as good as exact.",
+        ),
     ] = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.noise < 1e-5:
+            raise PolicyError(f"noise: {self.noise:g} hides nothing: 0 for none, or at least 1e-5")
+
+    @property
+    def epsilon(self) -> float:
+        """What one metric costs: the noise is of the Laplace distribution, whose standard deviation is sqrt(2) times
+        its scale. 0 without noise."""
+        return math.sqrt(2) / self.noise if self.noise else 0.0
 
 
 class Release(_Table, frozen=True):
@@ -115,9 +141,11 @@ class Release(_Table, frozen=True):
         bool, Meta(description="Whether an approval that the owner signed lets out, exactly, what it names.")
     ] = False
     update: Annotated[
-        tuple[str, ...],
+        tuple[Stage, ...],
         Meta(
-            description="Stages that an update must pass first, in this order. This version has none: no updates leave."
+            description="Stages that an update of a model must pass first, in this order; none: no updates leave. "
+            '{stage = "clip", norm = 1.0}, {stage = "noise", multiplier = 8.0}: the noise, in each value, is '
+            "multiplier x norm. [budget] pays for it, with delta: each costs rho 2 / multiplier^2."
         ),
     ] = ()
     statistics: Annotated[
@@ -131,16 +159,19 @@ class Release(_Table, frozen=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check("exact", self.exact, _WHO, "'alice', 'scientist/alice', 'scientist/*' or '*'")
-        _check("update", self.update, _STAGE, "names of stages, such as 'clip'")
+        try:
+            pipeline.check(self.update)
+        except PolicyError as error:
+            raise PolicyError(f"update: {error}") from None
 
 
 class Budget(_Table, frozen=True):
-    """What all statistics of this data together may cost, whoever asks, in differential privacy (Dwork and Roth 2014).
-    What is spent is spent of the data, whatever version of a policy or name it has."""
+    """What all statistics, metrics and updates of this data together may cost, whoever asks, in differential privacy
+    (Dwork and Roth 2014). What is spent is spent of the data, whatever version of a policy or name it has."""
 
     epsilon: Annotated[float, Meta(ge=0, le=10**6, description="Sum of what may be spent; 0: nothing.")] = 0.0
     delta: Annotated[
-        float, Meta(ge=0, lt=1, description="Probability that may be spent beside epsilon. Statistics need none.")
+        float, Meta(ge=0, lt=1, description="Probability beside epsilon, for updates; other things need none.")
     ] = 0.0
     unit: Annotated[
         Literal["record", "person"], Meta(description="What is protected: one record, or all records of one person.")
@@ -199,7 +230,7 @@ class Policy(_Table, frozen=True):
         try:
             return msgspec.toml.decode(text, type=cls)
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-            raise PolicyError(f"{source}: {error}".replace("`$.", "`")) from None
+            raise PolicyError(f"{source}: {_why(error)}".replace("`$.", "`")) from None
 
     def text(self) -> str:
         """As a policy's file holds it: every key below the sentence that explains it."""
@@ -217,13 +248,20 @@ def _lines(table: msgspec.Struct, prefix: str = "") -> Iterator[str]:
         if isinstance(value, msgspec.Struct):
             inner.append((f"{prefix}{key}", value))
             continue
-        yield f"# {next(item.description for item in hint.__metadata__ if isinstance(item, Meta))}"
-        yield f"# {key} =\n" if value is None else tomli_w.dumps({key: value})
+        yield from _comment(str(next(item.description for item in hint.__metadata__ if isinstance(item, Meta))))
+        yield (
+            f"# {key} =\n"
+            if value is None
+            else tomli_w.dumps({key: msgspec.to_builtins(value, builtin_types=(datetime,))})
+        )
     for name, value in inner:
-        about = " ".join((type(value).__doc__ or "").split())
-        yield from textwrap.wrap(about, 110, initial_indent="# ", subsequent_indent="# ")
+        yield from _comment(" ".join((type(value).__doc__ or "").split()))
         yield f"[{name}]"
         yield from _lines(value, f"{name}.")
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(text, 110, initial_indent="# ", subsequent_indent="# ")
 
 
 # -- decisions ------------------------------------------------------------------------------------------------
@@ -236,14 +274,16 @@ class Asked(msgspec.Struct, frozen=True):
 
     `kind`: "interactive" (an operation on pointers), "programs" (have columns as inputs of programs, and nothing else),
     "plan" (run the submission of this `digest`, which names the program and its inputs), and these, to let a value
-    out: "exact", "update" (through `pipeline`, the names of its stages), "metrics", "statistics". `approved`: an
-    approval that the owner signed for just this has been shown, and is good (`approvals.Requests.spend`)."""
+    out: "exact", "update" (through `pipeline`), "metrics" (of `count` records, by the submission of this `digest`),
+    "statistics". `approved`: an approval that the owner signed for just this has been shown, and is good
+    (`approvals.Requests.spend`)."""
 
     kind: Kind
     principal: str
     role: str = ""
     digest: str = ""
-    pipeline: tuple[str, ...] = ()
+    pipeline: tuple[Stage, ...] = ()
+    count: int = 0
     approved: bool = False
 
 
@@ -283,6 +323,9 @@ def matches(entries: Iterable[str], principal: str, role: str) -> bool:
 
 
 Refusal = tuple[str, str] | None  # the rule, and why in words
+
+_MANY = 10**9  # records: no policy can ask for more
+_HOW = {"plan": "`recorded.submit(..., reason=...)`", "metrics": "`dataset.submit(..., reason=...)`"}
 
 
 def _refusal(policy: Policy, asked: Asked, now: datetime) -> Refusal:
@@ -326,10 +369,16 @@ def _programs(policy: Policy, asked: Asked) -> Refusal:
     return None
 
 
-def _exact(policy: Policy, asked: Asked) -> Refusal:
-    # Rights to use may have been withdrawn while she holds a value: then it stays.
-    if _interactive(policy, asked) and _plans(policy, asked):
+def _use(policy: Policy, asked: Asked) -> Refusal:
+    """Rights to use may have been withdrawn while she holds a value: then it stays."""
+    if _programs(policy, asked):
         return "use", f"does not let '{asked.principal}' use it"
+    return None
+
+
+def _exact(policy: Policy, asked: Asked) -> Refusal:
+    if refusal := _use(policy, asked):
+        return refusal
     if _may(asked, policy.release.exact) or (policy.release.approvals and asked.approved):
         return None
     if policy.release.approvals:
@@ -339,24 +388,42 @@ def _exact(policy: Policy, asked: Asked) -> Refusal:
 
 def _update(policy: Policy, asked: Asked) -> Refusal:
     required = policy.release.update
-    if refusal := _plans(policy, asked):
+    if refusal := _use(policy, asked):
         return refusal
     if not required:
         return "release.update", "lets no updates out"
-    if unknown := [stage for stage in required if stage not in STAGES]:
-        return "release.update", f"asks for stages that this version does not have ({', '.join(unknown)})"
+    if rule := unpaid(policy):
+        return rule, "has no budget that an update's noise could be paid from"
     # Others may follow the required stages, since they change only what may leave already; none may come between.
     if asked.pipeline[: len(required)] == required:
         return None
-    return "release.update", f"lets updates out only through {_piped(required)}"
+    return "release.update", f"lets updates out only through {pipeline.words(required)}"
+
+
+def unpaid(policy: Policy) -> str:
+    """The key of the budget for want of which no update could ever be paid; empty where one could be."""
+    cost = Cost(rho=exact(pipeline.rho(policy.release.update)))
+    if not cost.rho:
+        return ""
+    if not policy.budget.delta:
+        return "budget.delta"
+    return "budget.epsilon" if cost.at(policy.budget.delta) > exact(policy.budget.epsilon) else ""
 
 
 def _metrics(policy: Policy, asked: Asked) -> Refusal:
+    metrics = policy.release.metrics
     if refusal := _plans(policy, asked):
         return refusal
-    if not policy.release.metrics.minimum:
+    if not metrics.minimum:
         return "release.metrics", "lets no metrics out"
-    return "release.metrics", "lets metrics out only of the owner's own evaluation loop, which does not exist yet"
+    if asked.count < metrics.minimum:
+        why = f"lets metrics out of {metrics.minimum:,} records at least, and it has {asked.count:,}"
+        return "release.metrics.minimum", why
+    if not metrics.noise:  # then what a program is matters
+        return _plan(policy, asked)
+    if exact(metrics.epsilon) > exact(policy.budget.epsilon):
+        return "budget.epsilon", "has no budget that a metric's noise could be paid from"
+    return None
 
 
 def _statistics(policy: Policy, asked: Asked) -> Refusal:
@@ -411,8 +478,16 @@ def _would_allow(policies: Mapping[str, Policy], names: list[str], asked: Asked,
         found.append("an exact value, once approved")
     if permits("statistics"):
         found.append("statistics, as long as the budget pays for them")
+    if permits("metrics", count=asked.count or _MANY) and all(policy.release.metrics.noise for policy in known):
+        found.append("metrics, as long as the budget pays for them")
+    elif permits("metrics", count=asked.count or _MANY, approved=True):
+        found.append("metrics without noise, of programs that the owner accepts")
     pipelines = {policy.release.update for policy in known}
-    found += [f"updates through {_piped(stages)}" for stages in sorted(pipelines) if permits("update", pipeline=stages)]
+    found += [
+        f"updates through {pipeline.words(stages)}"
+        for stages in sorted(pipelines, key=pipeline.words)
+        if permits("update", pipeline=stages)
+    ]
     return tuple(found)
 
 
@@ -421,18 +496,13 @@ def _said(name: str, rule: str, why: str, asked: Asked, would: tuple[str, ...], 
     lines += [
         f"Allowed to '{asked.principal}': {'; '.join(would)}." if would else "Nothing of it is allowed to her or him."
     ]
-    how = "`recorded.submit(..., reason=...)`" if asked.kind == "plan" else "`.request(reason)`"
-    lines += [f"Ask for an approval with {how}."] if approvable else []
+    lines += [f"Ask for an approval with {_HOW.get(asked.kind, '`.request(reason)`')}."] if approvable else []
     return " ".join(lines)
 
 
 def refused(name: str, rule: str, why: str) -> str:
     """A refusal in a sentence: which policy, what it does not let, and which of its keys says so."""
     return f"the policy of data set '{name}' {why} (rule {rule})."
-
-
-def _piped(stages: Iterable[str]) -> str:
-    return " > ".join(stages)
 
 
 # -- in words -------------------------------------------------------------------------------------------------
@@ -469,26 +539,56 @@ def _explained(policy: Policy, asked: Asked) -> Iterator[str]:
         yield f"MAY TAKE EXACT VALUES: {what}, without limit and without asking."
     elif release.approvals and (pointers or programs):
         yield "May take an exact value if you approve it. Gradients and models, too, can tell of single records."
-    refused = [
-        ("updates", programs and release.update and not STAGES.issuperset(release.update)),
-        ("metrics", programs and release.metrics.minimum),
-    ]
-    for what, asked_for in refused:
-        if asked_for:
-            yield f"No {what}: the policy would let them out, and this version refuses them, since it cannot make them."
+    paid = []
     if _may(asked, policy.use.statistics) and release.statistics:
-        yield _priced(policy.budget)
-    if programs and release.update and STAGES.issuperset(release.update):
-        yield f"May take updates that passed {_piped(release.update)}."
+        if policy.budget.epsilon:
+            paid.append("statistics")
+            yield "May have statistics, noised by your worker's own code."
+        else:
+            yield "No statistics: the policy would let them out, and [budget] has nothing to pay for them."
+    if programs and release.metrics.minimum:
+        paid += ["metrics"] if release.metrics.noise else []
+        yield _metric(policy)
+    if (pointers or programs) and release.update:
+        paid += ["updates"] if pipeline.rho(release.update) else []
+        yield _updates(policy)
+    if paid and policy.budget.epsilon:
+        at = f" at delta {policy.budget.delta:g}" if policy.budget.delta else ""
+        yield (
+            f"That goes on until all {' and '.join(paid)} that were ever made of this data, for whomever, cost epsilon "
+            f"{policy.budget.epsilon:g}{at} for each {policy.budget.unit}."
+        )
 
 
-def _priced(budget: Budget) -> str:
-    """What statistics one may have, in words."""
-    if not budget.epsilon:
-        return "No statistics: the policy would let them out, and [budget] has nothing to pay for them."
+def _metric(policy: Policy) -> str:
+    """What metrics one may have, in words."""
+    metrics = policy.release.metrics
+    what = f"the mean score of a model over all records, if they are {metrics.minimum:,} or more"
+    if not metrics.noise:
+        return (
+            f"MAY HAVE EXACT MEANS: {what}, without noise, by programs that [plans] accepts. Who chooses the model can "
+            "single out a record."
+        )
+    if exact(metrics.epsilon) > exact(policy.budget.epsilon):
+        return "No metrics: the policy would let them out, and [budget] has too little to pay for one."
+    return f"May have metrics: {what}, noised by your worker's own code, each for epsilon {metrics.epsilon:.3g}."
+
+
+def _updates(policy: Policy) -> str:
+    """What updates one may have, in words."""
+    stages, budget = policy.release.update, policy.budget
+    rho = pipeline.rho(stages)
+    if not rho:
+        return (
+            f"MAY TAKE UPDATES WITHOUT NOISE, of models trained on it, through {pipeline.words(stages)}: they can tell "
+            "of single records."
+        )
+    if unpaid(policy):
+        return "No updates: the policy would let them out, and [budget] has too little to pay for one."
+    each = float(Cost(rho=exact(rho)).at(budget.delta))
     return (
-        "May have statistics, noised by your worker's own code, until all that were ever made of this data, for "
-        f"whomever, cost epsilon {budget.epsilon:g} for each {budget.unit}."
+        f"May take updates of models that passed {pipeline.words(stages)}: one costs epsilon {each:.3g} at delta "
+        f"{budget.delta:g}, several less than so many times that."
     )
 
 

@@ -1,7 +1,7 @@
 """TorchHook: gives torch's classes the methods that the article uses. It adds, never overrides, and can be undone.
 
 Tensor.send(worker)   Tensor.get()
-Module.send(worker)   Module.get()         Module.request("why")
+Module.send(worker)   Module.get()         Module.request("why")   Module.get_update(since)
 Optimizer.get()       Dataset.federate((a, b))
 """
 
@@ -18,6 +18,7 @@ from .data import federate
 from .module import get_module, request_module, send_module
 from .optimizer import follow, get_state
 from .tensor import send
+from .update import get_update
 
 __all__ = ["TorchHook"]
 
@@ -32,6 +33,7 @@ _ADDED: tuple[tuple[type, str, Any], ...] = (
     (torch.nn.Module, "send", send_module),
     (torch.nn.Module, "get", get_module),
     (torch.nn.Module, "request", request_module),
+    (torch.nn.Module, "get_update", get_update),
     (torch.optim.Optimizer, "get", get_state),
     (Dataset, "federate", federate),
 )

@@ -31,7 +31,7 @@ from .request import OwnersAnswer, ask_owner
 from .session import Session, Site, caller
 from .tensor import PointerTensor, Spent, check_travels, is_at, session_of, sessions_of
 
-__all__ = ["get_module", "location_of", "request_module", "send_module"]
+__all__ = ["get_module", "location_of", "modules_of", "request_module", "return_home", "send_module"]
 
 
 def send_module(module: nn.Module, location: Any) -> nn.Module:
@@ -41,7 +41,7 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
     worker is known to be lost; then all of them are where they were."""
     session = session_of(location)
     session.check_open()
-    parts = _parts(module)
+    parts = modules_of(module)
     tensors = _tensors(parts)
     for tensor in tensors:
         _check_leaves(tensor)
@@ -59,7 +59,7 @@ def _leave_all(tensors: list[torch.Tensor], session: Session, site: Site | None)
             homes.append(_leave(tensor, session, site))
     except BaseException:
         for tensor, home in zip(tensors, homes, strict=False):
-            _return(tensor, home)
+            return_home(tensor, home)
         raise
 
 
@@ -70,7 +70,7 @@ def get_module(module: nn.Module) -> nn.Module:
     Raises `UsageError` if it is at home; `PolicyError` if the worker's owner keeps any of it, and it is all still
     there; `OperatorError` if a write failed that nobody has heard of, and it is home; `WorkerGone` if the worker is
     lost, and then it is home as it was when it was sent, if it was at a remote worker."""
-    parts = _parts(module)
+    parts = modules_of(module)
     pointers = [tensor for tensor in _tensors(parts) if isinstance(tensor, PointerTensor)]
     if not pointers:
         raise UsageError("this module is at home already: .send(worker) it first")
@@ -89,7 +89,7 @@ def get_module(module: nn.Module) -> nn.Module:
 
 def request_module(module: nn.Module, reason: str) -> OwnersAnswer:
     """Ask the worker's owner to let parameters and buffers out, once, as they are now; gradients are not asked for."""
-    pointers = [tensor for tensor in _tensors(_parts(module)) if isinstance(tensor, PointerTensor)]
+    pointers = [tensor for tensor in _tensors(modules_of(module)) if isinstance(tensor, PointerTensor)]
     sessions = sessions_of(pointers)
     if len(sessions) != 1:
         raise UsageError("this module is at home, or at several workers: .send(worker) it to one, and ask there")
@@ -98,12 +98,12 @@ def request_module(module: nn.Module, reason: str) -> OwnersAnswer:
 
 def location_of(module: nn.Module) -> Any:
     """The worker where a module is, `None` at home."""
-    for session in sessions_of(_tensors(_parts(module))):
+    for session in sessions_of(_tensors(modules_of(module))):
         return session.location
     return None
 
 
-def _parts(module: nn.Module) -> list[nn.Module]:
+def modules_of(module: nn.Module) -> list[nn.Module]:
     """The module and all within it, each once. As `Module.modules`, which spends most of its time on names."""
     found, seen = [module], {id(module)}
     for part in found:  # grows while it is walked
@@ -155,7 +155,7 @@ def _bring_home(session: Session, pointers: list[PointerTensor]) -> HousecallErr
             raise
         with whole():
             for pointer in pointers:
-                _return(pointer, _home_of(pointer))
+                return_home(pointer, _home_of(pointer))
         return WorkerGone(f"{gone}. The module is home, as it was when it was sent")
     for value in values:
         if isinstance(value, Failure):
@@ -167,7 +167,7 @@ def _bring_home(session: Session, pointers: list[PointerTensor]) -> HousecallErr
             value.requires_grad_(pointer.requires_grad)
             if isinstance(grad, PointerTensor) and not isinstance(grad._slot, Spent):
                 value.grad = visit.leave(grad._slot) if is_at(grad, session) else grad
-            _return(pointer, value)
+            return_home(pointer, value)
     return trouble
 
 
@@ -200,7 +200,7 @@ def _sent_gradient(grad: torch.Tensor, session: Session, site: Site | None) -> A
     return point(PointerTensor, slot)
 
 
-def _return(tensor: torch.Tensor, value: torch.Tensor) -> None:
+def return_home(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Let a parameter or buffer that is a pointer hold a value again."""
     held = tensor.__dict__
     kind = held.get("_home_class", _plain_class(tensor))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils._pytree import tree_flatten
@@ -13,7 +14,9 @@ from ..types import TensorType
 from ..wire.messages import Column, Load, Mock, Mocked, Owned
 from .calls import point
 from .data import FederatedDataset, Part
+from .evaluation import ask_score, submit_score
 from .mock import MockDataset, by_hand, mock_of
+from .request import OwnersAnswer
 from .session import Slot
 from .statistics import Asked, StatisticsAnswer, ask_statistics
 from .tensor import PointerTensor
@@ -65,6 +68,31 @@ class OwnedDataset(FederatedDataset):
         `statistics(Mean("age", 0, 120), epsilon=0.5)`. The same question costs epsilon each time that it is asked, of a
         budget that all who ask share. Raises `PolicyError` if the owner's rules, or what is left of it, say no."""
         return ask_statistics(self.location.session, self.name, asked, epsilon)
+
+    def evaluate(
+        self, score: Callable[..., Any], *inputs: Any, bounds: tuple[float, float], **named: Any
+    ) -> StatisticsAnswer:
+        """The mean over all records of a score of one record, made by the owner's own loop, with the noise that her
+        policy asks for: `evaluate(loss, model, "x", "y", bounds=(0, 5))`. `score` is a function, or recorded; where it
+        takes a column, give the column's name: it is called with one record, (1, ...), and returns one number, which is
+        clamped to `bounds`. Modules and tensors among `inputs` are yours, here or at the worker.
+
+        Raises `UsageError` for what is no score, `PolicyError` if the owner's rules, or what is left of the budget, say
+        no."""
+        return ask_score(self.location.session, self._owned, score, inputs, named, bounds)
+
+    def submit(
+        self,
+        score: Callable[..., Any],
+        *inputs: Any,
+        bounds: tuple[float, float],
+        reason: str,
+        runs: int = 1,
+        **named: Any,
+    ) -> OwnersAnswer:
+        """Ask the owner to let `evaluate` with the same arguments be made, `runs` times, where her policy asks for no
+        noise: she reads the program. Raises as `evaluate` does."""
+        return submit_score(self.location.session, self._owned, score, inputs, named, bounds, reason, runs)
 
     def __repr__(self) -> str:
         columns = ", ".join(f"{name}: {kind}" for name, kind in self.columns.items())

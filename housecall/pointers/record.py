@@ -126,6 +126,12 @@ class Recorded:
         slots = _slots(variant.recording, given)
         return ask_to_run(slots[0].session, variant.program, variant.digest, slots, reason, runs)
 
+    def bound(self, *args: Any, **kwargs: Any) -> tuple[Program, list[torch.Tensor]]:
+        """The program for these arguments, and which tensor among them each of its inputs is. Nothing runs."""
+        given = self._given(args, kwargs)
+        variant = self._latest = self._variant(given)
+        return variant.program, [_pointer(place, given) for place in variant.recording.sources]
+
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         given = Given()
         given.args = tuple([given.add(self._names(at), _records(arg)) for at, arg in enumerate(args)])

@@ -8,14 +8,14 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import PolicyError, UsageError
+from ..errors import OperatorError, PolicyError, UsageError
 from ..program.call import Program
 from ..program.ops import operator
-from ..wire.messages import Define, Requested, Status, Submit
+from ..wire.messages import Define, Message, Requested, Result, Status, Submit
 from ..wire.messages import Request as Ask
 from .session import Session, Slot
 
-__all__ = ["OwnersAnswer", "ask_owner", "ask_to_run"]
+__all__ = ["OwnersAnswer", "ask_gate", "ask_owner", "ask_to_run", "check_asked"]
 
 
 class OwnersAnswer:
@@ -81,14 +81,34 @@ def ask_to_run(
     session: Session, program: Program, digest: str, slots: Iterable[Slot], reason: str, runs: int
 ) -> OwnersAnswer:
     """Ask to let a program run on these slots. Raises as `ask_owner` does."""
-    _check(reason, "submit(..., reason='what I need it for')")
-    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
-        raise UsageError(f"a program is to run once or more, not {runs!r} times")
+    check_asked(reason, runs)
     if any(operator(call.op).random for call in program.calls):
         session.seed()  # the generator's state is to be hers already: a worker refuses one that private data has moved
     session.tell(Define(program))
     said: Any = session.ask(Submit(digest, tuple([slot.id for slot in slots]), reason, runs))
     return OwnersAnswer(session, said)
+
+
+def check_asked(reason: str, runs: int) -> None:
+    """Raise `UsageError` where an owner could not tell why, or how often, a program is to run."""
+    _check(reason, "submit(..., reason='what I need it for')")
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
+        raise UsageError(f"a program is to run once or more, not {runs!r} times")
+
+
+def ask_gate(session: Session, message: Message, operator: str) -> Result:
+    """Ask what an owner's policy decides, and wait: a refusal is what it is, not a failed call. Raises `PolicyError`
+    and `UsageError` as the worker says them."""
+    try:
+        return session.ask(message)
+    except OperatorError as error:
+        kind, _, reason = error.reason.partition(": ")
+        if error.operator != operator or kind not in _SAID:
+            raise
+        raise _SAID[kind](f"worker '{error.worker}': {reason}") from None
+
+
+_SAID = {"PolicyError": PolicyError, "UsageError": UsageError}
 
 
 def _check(reason: str, how: str) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-from ..errors import OperatorError, PolicyError, UsageError
+from ..errors import UsageError
 from ..wire.messages import Noised, Statistic, Statistics
+from .request import ask_gate
 
 __all__ = ["Asked", "Count", "Histogram", "Mean", "StatisticsAnswer", "Sum", "ask_statistics"]
 
@@ -102,16 +103,7 @@ def ask_statistics(session: Any, name: str, asked: Asked, epsilon: float) -> Sta
         raise UsageError(f"statistics are of Count, Sum, Mean or Histogram; found {asked!r}")
     if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
         raise UsageError(f"epsilon is a number, found {epsilon!r}")
-    try:
-        found = session.ask(Statistics(name, asked.statistic, float(epsilon)))
-    except OperatorError as error:
-        kind, _, reason = error.reason.partition(": ")
-        if error.operator != "statistics" or kind not in _SAID:
-            raise
-        raise _SAID[kind](f"worker '{error.worker}': {reason}") from None
+    found = ask_gate(session, Statistics(name, asked.statistic, float(epsilon)), "statistics")
     assert isinstance(found, Noised)
     value = found.values if asked.statistic.kind == "histogram" else found.values[0]
-    return StatisticsAnswer(value, found.scale, float(epsilon), found.left)
-
-
-_SAID = {"PolicyError": PolicyError, "UsageError": UsageError}
+    return StatisticsAnswer(value, found.scale, found.epsilon, found.left)

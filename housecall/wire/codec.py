@@ -15,7 +15,22 @@ import msgspec
 
 from ..errors import CodecError
 from ..types import TensorType
-from .messages import Array, Blob, Control, Found, Frame, Message, Mocked, Put, Reply, Result, Seed, Types, Value
+from .messages import (
+    Array,
+    Blob,
+    Control,
+    Found,
+    Frame,
+    Message,
+    Mocked,
+    Put,
+    Reply,
+    Result,
+    Seed,
+    Types,
+    Updated,
+    Value,
+)
 
 __all__ = [
     "ITEM_BYTES",
@@ -101,6 +116,8 @@ def arrays(body: Frame | Reply) -> Iterator[Array]:
             yield from (array for array in item.arrays if isinstance(array, Array))
         elif isinstance(item, Mocked):
             yield from item.columns
+        elif isinstance(item, Updated):
+            yield from item.arrays
 
 
 def with_arrays(body: Body, change: Callable[[Array], Array]) -> Body:
@@ -126,6 +143,8 @@ def _changed_result(result: Result, change: Callable[[Array], Array]) -> Result:
         return Value(tuple([change(item) if isinstance(item, Array) else item for item in result.arrays]))
     if isinstance(result, Mocked):
         return Mocked(tuple([change(column) for column in result.columns]))
+    if isinstance(result, Updated):
+        return Updated(tuple([change(array) for array in result.arrays]), result.left)
     return result
 
 

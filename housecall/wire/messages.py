@@ -26,6 +26,7 @@ __all__ = [
     "Define",
     "Describe",
     "Drop",
+    "Evaluate",
     "Failure",
     "Fetch",
     "Found",
@@ -55,6 +56,8 @@ __all__ = [
     "Submit",
     "Tag",
     "Types",
+    "Update",
+    "Updated",
     "Value",
     "Welcome",
 ]
@@ -207,6 +210,28 @@ class Statistics(Struct, frozen=True, tag="statistics", tag_field="t"):
     epsilon: float
 
 
+class Evaluate(Struct, frozen=True, tag="evaluate", tag_field="t"):
+    """Ask the owner's own loop for the mean, over all records of one of her data sets, of what a program that was
+    defined gives for one record, clamped to `bounds`. `inputs`, in the order of its inputs: a slot, or the name of a
+    column, of which it is given one record, (1, ...). Answered by `Noised`. With `runs`: ask the owner to let this be
+    made so many times, for a reason in words; answered by `Requested`."""
+
+    name: str
+    digest: str
+    inputs: tuple[int | str, ...]
+    bounds: tuple[float, float]
+    reason: str = ""
+    runs: Count = 0
+
+
+class Update(Struct, frozen=True, tag="update", tag_field="t"):
+    """Ask for the differences between these slots and those of `since`, in this order, through the stages that the
+    policies of all data sets that they derive from demand. Answered by `Updated`."""
+
+    ids: tuple[int, ...]
+    since: tuple[int, ...]
+
+
 class Request(Struct, frozen=True, tag="request", tag_field="t"):
     """Ask the worker's owner to let these values out, with a reason in words. Answered by `Requested`."""
 
@@ -250,6 +275,8 @@ Message = (
     | Load
     | Mock
     | Statistics
+    | Evaluate
+    | Update
 )
 
 
@@ -320,11 +347,19 @@ class Mocked(Struct, frozen=True, tag="mocked", tag_field="t"):
 
 
 class Noised(Struct, frozen=True, tag="noised", tag_field="t"):
-    """The answer to `Statistics`: one value, or one for each bin; the scale of the Laplace noise in each; and how much
-    epsilon the budget of the data has left."""
+    """The answer to `Statistics` and `Evaluate`: one value, or one for each bin; the scale of the Laplace noise in it;
+    the epsilon that it cost, and how much the budget of the data has left."""
 
     values: tuple[float, ...]
     scale: float
+    epsilon: float
+    left: float
+
+
+class Updated(Struct, frozen=True, tag="updated", tag_field="t"):
+    """The answer to `Update`: what left of each difference, and how much epsilon the budgets of the data have left."""
+
+    arrays: tuple[Array, ...]
     left: float
 
 
@@ -338,7 +373,7 @@ class Requested(Struct, frozen=True, tag="requested", tag_field="t"):
     digest: str = ""
 
 
-Result = Requested | Value | Types | Found | Mocked | Noised
+Result = Requested | Value | Types | Found | Mocked | Noised | Updated
 
 
 class Reply(Struct, frozen=True):

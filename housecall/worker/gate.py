@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import NamedTuple
@@ -31,13 +31,16 @@ from ..errors import HousecallError, LedgerError, PolicyError, UsageError
 from ..owner.approvals import Approval, Request, Requests
 from ..owner.ledger import Entry, Kind, Ledger, Sealed
 from ..owner.policy import DENY, Asked, Decision, Policy, decide, refused
+from ..owner.policy import Kind as AskedKind
 from ..owner.spending import Spending
+from ..privacy import pipeline
+from ..privacy.pipeline import Stage
 from ..types import Label, Unit
 from ..wire.messages import Requested
 from .refusals import Refusals
 from .submission import Origin, Submission
 
-__all__ = ["Gate", "Opening", "Question", "Uses", "Who", "counted"]
+__all__ = ["Gate", "Opening", "Question", "Registered", "Uses", "Who", "counted"]
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +62,16 @@ class Question(NamedTuple):
     digest: str = ""
     shown: str = ""
     origin: Origin | None = None
+
+
+class Registered(NamedTuple):
+    """A data set as its owner registered it: how many records it has, what it protects, and what identifies its data,
+    which takes a while the first time."""
+
+    name: str
+    records: int
+    unit: Unit
+    content: Callable[[], str]
 
 
 def _now() -> datetime:
@@ -124,18 +137,22 @@ class Gate:
             raise PolicyError(decision.text)
         return approval
 
-    def submit(self, who: Who, names: tuple[str, ...], submission: Submission, reason: str, runs: int) -> Requested:
-        """Put a program before the owner, if she wants to be asked. Raises `PolicyError` if no approval could ever
-        permit it, and what `Submission.text` does."""
+    def submit(
+        self, who: Who, names: tuple[str, ...], submission: Submission, reason: str, runs: int, *, scores: int = 0
+    ) -> Requested:
+        """Put a program before the owner, if she wants to be asked; to run it, or to score so many records. Raises
+        `PolicyError` if no approval could ever permit it, and what `Submission.text` does."""
         if not names:
             raise UsageError("this program reads nobody's data: run it, there is nothing to ask")
-        decision = self._decide(names, Asked("plan", who.name, who.role, digest=submission.digest))
+        kind: AskedKind = "metrics" if scores else "plan"
+        decision = self._decide(names, Asked(kind, who.name, who.role, digest=submission.digest, count=scores))
         if decision.allowed:
             return Requested("", "approved", "the policy accepts this program", submission.digest)
         if not decision.approvable or self.requests is None:
             raise PolicyError(f"asking is of no use: {decision.text}")
         made = self.requests.ask(who.name, who.role, "program", names, submission.digest, submission.text, reason, runs)
-        self._note("request", who, Label(names), made.digest, f"request {made.id}: to run a program {_times(runs)}")
+        what = "to make a mean score" if scores else "to run a program"
+        self._note("request", who, Label(names), made.digest, f"request {made.id}: {what} {_times(runs)}")
         return Requested(made.id, made.status, made.words, made.digest)
 
     def release(self, who: Who, question: Question, what: str = "", *, spends: bool = True) -> None:
@@ -156,38 +173,91 @@ class Gate:
         if not decision.allowed:
             raise PolicyError(decision.text)
 
-    def statistics(self, who: Who, name: str, unit: Unit, data: Callable[[], str], epsilon: float, what: str) -> Sealed:
-        """Whether a statistic may be made of a data set, and paid by the budget of its data, which `data` identifies;
-        when this returns, it is spent, and in the ledger. Raises `PolicyError` or `LedgerError`."""
+    def statistics(self, who: Who, data: Registered, epsilon: float, what: str) -> Sealed:
+        """Whether a statistic may be made of a data set, and paid by the budget of its data; when this returns, it is
+        spent, and in the ledger. Raises `PolicyError` or `LedgerError`."""
         self.notice()
-        if self.ledger is None or self.spending is None:
-            raise LedgerError(_NO_LEDGER)
-        policy = self.policies.get(name, DENY)  # once: both answers are this version's
-        asked = Asked("statistics", who.name, who.role)
-        decision = decide({name: policy}, (name,), asked, self._now())
-        if not decision.allowed:
-            self._note("refusal", who, Label((name,)), "", f"{what}: {decision.text}")
-            raise PolicyError(decision.text)
-        entry = Entry("reserve", f"{who.role} '{who.name}'", (name,), decision=f"{what}: {decision.text}")
-        try:
-            return self.spending.reserve(entry, data(), policy.budget, unit, epsilon)
-        except PolicyError as error:
-            text = refused(name, "budget.epsilon", str(error))
-            self._note("refusal", who, Label((name,)), "", f"{what}: {text}")
-            raise PolicyError(text) from None
-
-    def answered(self, who: Who, name: str, paid: Sealed) -> None:
-        """Write down that the statistic which was paid leaves now. Raises `LedgerError`, and then it does not."""
         if self.ledger is None:
             raise LedgerError(_NO_LEDGER)
-        entry = msgspec.structs.replace(paid.entry, kind="release", of=paid.sequence, identity=msgspec.UNSET)
-        log.info("release: statistics to %s '%s' (%s)", *reversed(who), name, extra={"event": "release"})
-        self.ledger.append(entry)
+        names, policy = (data.name,), self.policies.get(data.name, DENY)  # once: both answers are this version's
+        decision = decide({data.name: policy}, names, Asked("statistics", who.name, who.role), self._now())
+        if not decision.allowed:
+            self._note("refusal", who, Label(names), "", f"{what}: {decision.text}")
+            raise PolicyError(decision.text)
+        entry = Entry("reserve", f"{who.role} '{who.name}'", names, decision=f"{what}: {decision.text}")
+        return self._reserved(who, data, policy, entry, what, epsilon=epsilon)
 
-    def left(self, name: str, paid: Sealed) -> float:
+    def metric(self, who: Who, data: Registered, submission: Submission, what: str) -> Sealed:
+        """Whether a mean score may be made of a data set, by this program; when this returns, what it costs is spent,
+        or an approval is used, and it is in the ledger. Raises `PolicyError` or `LedgerError`."""
+        self.notice()
+        policy = self.policies.get(data.name, DENY)  # once: all answers are this version's
+        asked = Asked("metrics", who.name, who.role, digest=submission.digest, count=data.records)
+        names, digest, now = (data.name,), submission.digest, self._now()
+        decision = decide({data.name: policy}, names, asked, now)
+        if not decision.allowed and decision.approvable and self.requests is not None:
+            approval = self.requests.spend(who.name, who.role, "program", digest, submission.shown, names, now)
+            if approval is not None:
+                decision = decide({data.name: policy}, names, msgspec.structs.replace(asked, approved=True), now)
+                digest = f"{digest} (request {approval.id})"
+        if not decision.allowed:
+            self._note("refusal", who, Label(names), digest, f"{what}: {decision.text}")
+            raise PolicyError(decision.text)
+        entry = Entry("run", f"{who.role} '{who.name}'", names, digest, decision=f"{what}: {decision.text}")
+        epsilon = policy.release.metrics.epsilon
+        return self._reserved(who, data, policy, entry, what, epsilon=epsilon) if epsilon else self._append(entry)
+
+    def update(self, who: Who, sources: Sequence[Registered], what: str) -> tuple[tuple[Stage, ...], list[Sealed]]:
+        """Whether an update that derives from these data sets may leave, and through which stages; when this returns,
+        what it costs is spent of each, and in the ledger. Raises `PolicyError` or `LedgerError`."""
+        self.notice()
+        names = tuple([data.name for data in sources])
+        policies = {name: self.policies.get(name, DENY) for name in names}
+        stages = max((policy.release.update for policy in policies.values()), key=len)  # the others begin it, or refuse
+        decision = decide(policies, names, Asked("update", who.name, who.role, pipeline=stages), self._now())
+        if not decision.allowed:
+            self._note("refusal", who, Label(names), "", f"{what}: {decision.text}")
+            raise PolicyError(decision.text)
+        through = tuple(map(str, stages))
+        paid = []
+        for data in sources:
+            whose = (data.name,)
+            entry = Entry(
+                "run", f"{who.role} '{who.name}'", whose, pipeline=through, decision=f"{what}: {decision.text}"
+            )
+            rho = pipeline.rho(policies[data.name].release.update)
+            policy = policies[data.name]
+            paid.append(self._reserved(who, data, policy, entry, what, rho=rho) if rho else self._append(entry))
+        return stages, paid
+
+    def _reserved(self, who: Who, data: Registered, policy: Policy, entry: Entry, what: str, **cost: float) -> Sealed:
+        """Spend the cost of something that is allowed, and write that down. Raises `PolicyError` or `LedgerError`."""
+        if self.spending is None:
+            raise LedgerError(_NO_LEDGER)
+        try:
+            return self.spending.reserve(entry, data.content(), policy.budget, data.unit, **cost)
+        except PolicyError as error:
+            text = refused(data.name, "budget.epsilon", str(error))
+            self._note("refusal", who, Label((data.name,)), entry.program, f"{what}: {text}")
+            raise PolicyError(text) from None
+
+    def _append(self, entry: Entry) -> Sealed:
+        if self.ledger is None:
+            raise LedgerError(_NO_LEDGER)
+        return self.ledger.append(entry)
+
+    def answered(self, who: Who, paid: Sealed, what: str) -> None:
+        """Write down that what was paid leaves now. Raises `LedgerError`, and then it does not."""
+        entry = msgspec.structs.replace(paid.entry, kind="release", of=paid.sequence, identity=msgspec.UNSET)
+        names = ", ".join(entry.data_sets)
+        log.info("release: %s to %s '%s' (%s)", what, *reversed(who), names, extra={"event": "release"})
+        self._append(entry)
+
+    def left(self, paid: Sealed) -> float:
         """What the budget of a data set has left for the data of which something was paid."""
         if self.spending is None or paid.entry.identity is msgspec.UNSET:
             return 0.0
+        (name,) = paid.entry.data_sets
         return self.spending.left(paid.entry.identity, self.policies.get(name, DENY).budget)
 
     def _answered(self, who: Who, question: Question, requests: Requests, spends: bool) -> str | None:

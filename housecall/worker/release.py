@@ -3,7 +3,8 @@
 What a session's own principal sent, or computed from that alone, is hers and leaves freely. What derives from owned
 data leaves if the gate says so: by label, policy and who asks, never by the value, which is not looked at before. The
 gate has written the owner's ledger, to the disk, when it says yes; if it cannot, it says no. Statistics that the
-owner's own code has made of it, and noised, leave once their cost is in the ledger: `release_noised`.
+owner's own code has made of it, and noised, leave once their cost is in the ledger: `release_noised`; and so do updates
+through the stages that policies demand: `release_update`.
 """
 
 from __future__ import annotations
@@ -15,22 +16,45 @@ import torch
 
 from ..errors import HousecallError
 from ..owner.ledger import Sealed
+from ..privacy import pipeline
+from ..privacy.gaussian import Random
+from ..privacy.pipeline import Stage
 from ..transport.arrays import share
 from ..wire.messages import Array, Failure, Noised
 from .gate import Gate, Opening, Question, Who
 from .private import FAILED
 from .store import Cell
 
-__all__ = ["release", "release_noised"]
+__all__ = ["release", "release_noised", "release_update"]
+
+
+def release_update(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    stages: tuple[Stage, ...],
+    gate: Gate,
+    who: Who,
+    paid: Sequence[Sealed],
+    random: Random,
+) -> list[Array]:
+    """The differences of pairs of tensors, on their way out through stages, as one vector. `paid` are the entries of
+    the ledger that have their cost; others say, on the disk, that they leave. Raises `LedgerError` if these cannot be
+    written, and then nothing does."""
+    rows = [(now.double() - before.double()).reshape(-1).cpu() for now, before in pairs]
+    passed = torch.from_numpy(pipeline.passed(stages, torch.cat(rows).numpy(), random))  # (values,)
+    for entry in paid:
+        gate.answered(who, entry, "an update")
+    parts = passed.split([row.numel() for row in rows])
+    return [share(part.reshape(now.shape).to(now.dtype)) for part, (now, _) in zip(parts, pairs, strict=True)]
 
 
 def release_noised(
-    values: Sequence[Fraction | int], scale: Fraction | float, gate: Gate, who: Who, name: str, paid: Sealed
+    values: Sequence[Fraction | int], scale: Fraction | float, gate: Gate, who: Who, paid: Sealed
 ) -> Noised:
     """A statistic of a data set, on its way out: `paid` is the entry of the ledger that has its cost. Another says, on
     the disk, that it leaves. Raises `LedgerError` if it cannot be written, and then nothing does."""
-    gate.answered(who, name, paid)
-    return Noised(tuple([float(value) for value in values]), float(scale), gate.left(name, paid))
+    gate.answered(who, paid, "a statistic")
+    epsilon = paid.entry.privacy.epsilon if paid.entry.privacy is not None else 0.0
+    return Noised(tuple([float(value) for value in values]), float(scale), epsilon, gate.left(paid))
 
 
 def release(value: torch.Tensor, cell: Cell | None, opening: Opening, question: Question) -> Array | Failure:

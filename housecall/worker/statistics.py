@@ -1,7 +1,7 @@
 """Statistics of an owner's data, with differential privacy: computed and noised by her own code, paid from her budget.
 
 What must live here: what can be asked, what one record or person changes of it at most, and the order of things. What
-must not: who may ask and what is left (`gate`, `spending`), how noise is drawn (`noise`).
+must not: who may ask and what is left (`gate`, `spending`), how noise is drawn (`privacy.laplace`).
 
 NOTE [What is promised]
 Who sees all answers learns of one record, or of all records of one person where that is the unit, no more than a factor
@@ -13,19 +13,20 @@ of e^epsilon in any probability: epsilon-differential privacy (Dwork and Roth 20
 
 NOTE [One contribution]
 Each unit adds one bounded whole number, in steps of a public grid (2^20 steps or more between the bounds), so sums are
-exact, in any order, and what one changes is known to the last bit (`noise`, NOTE [Whole numbers]). A person's records
-are made one first: for a mean, the mean of her clamped records; for a sum, the sum of her records, which is then
-clamped: the bounds are of a *person's* sum; for a count, whether any of her records is within the bounds; for a
+exact, in any order, and what one changes is known to the last bit (`privacy.laplace`, NOTE [Whole numbers]). A person's
+records are made one first: for a mean, the mean of her clamped records; for a sum, the sum of her records, which is
+then clamped: the bounds are of a *person's* sum; for a count, whether any of her records is within the bounds; for a
 histogram, the bin of her first record in the order of the data set, since a place in a file says less about a person
-than, say, her largest value would. NaN counts as the lower bound in sums and means, and as within nothing in counts
-and histograms: dropping it would make the number of records, by which a mean is divided, depend on elements.
+than, say, her largest value would. NaN counts as the lower bound in sums and means, and as within nothing in counts and
+histograms: dropping it would make the number of records, by which a mean is divided, depend on elements.
 
 NOTE [Time]
 Clamping, rounding and adding take as long whatever the elements are. Sorting persons, and finding the bins of what is
 within the edges, do not quite; nor does drawing the noise, which tells of the noise. Whoever asks can measure all of it
 together, coarsely.
 
-NOTE [What each costs], per epsilon: the scale of its Laplace noise, in units of what one contribution can change
+NOTE [What each costs], per epsilon: the scale of its Laplace noise, in units of what one contribution can change (below
+`spread` is 1 / epsilon)
 - count: 1. A unit that is replaced, or gone, changes it by 1.
 - histogram: 2 in each bin. One that is replaced leaves a bin and enters another; all bins are one release.
 - sum: upper - lower by record; by person max(|lower|, |upper|, upper - lower), since she may be gone.
@@ -51,14 +52,26 @@ from ..errors import DataError, PolicyError, UsageError
 from ..owned.catalogue import Catalogue
 from ..owned.description import Owned
 from ..owner.policy import DENY
-from ..owner.spending import exact, told
+from ..owner.spending import told
+from ..privacy.accounting import exact
+from ..privacy.laplace import Below, noised
 from ..program.typing import DTYPES
 from ..wire.messages import Noised, Statistic, Statistics
-from .gate import Gate, Who
-from .noise import Below, noised
+from .gate import Gate, Registered, Who
 from .release import release_noised
 
-__all__ = ["EPSILON", "MOST_EDGES", "answer", "budgets", "check", "words"]
+__all__ = [
+    "EPSILON",
+    "MOST_EDGES",
+    "answer",
+    "budgets",
+    "check",
+    "check_bounds",
+    "check_same",
+    "mean_of",
+    "registered",
+    "words",
+]
 
 log = logging.getLogger(__name__)
 
@@ -78,23 +91,41 @@ def answer(catalogue: Catalogue, gate: Gate, who: Who, message: Statistics, belo
     name, asked, epsilon = message.name, message.statistic, message.epsilon
     identity, owned = catalogue.identity(name), catalogue.owned(name)
     check(owned, asked, epsilon)
-    paid = gate.statistics(who, name, owned.unit, lambda: catalogue.content(name), epsilon, words(asked))
+    paid = gate.statistics(who, registered(catalogue, owned), epsilon, words(asked))
     whole = catalogue.whole(name)
-    _check_same(name, identity, whole.identity)
+    check_same(name, identity, whole.identity)
     try:
-        values, scale = _made(owned, whole.columns, asked, exact(epsilon), below)
+        values, scale = _made(owned, whole.columns, asked, 1 / exact(epsilon), below)
     except Exception as error:  # whatever it is, it stays here: its text could have elements
         log.warning("a statistic of '%s' failed (%s): %s: %s", name, words(asked), type(error).__name__, error)
         raise DataError(FAILED) from None
-    return release_noised(values, scale, gate, who, name, paid)
+    return release_noised(values, scale, gate, who, paid)
 
 
-def _made(
-    owned: Owned, columns: Mapping[str, torch.Tensor], asked: Statistic, epsilon: Fraction, below: Below
+def registered(catalogue: Catalogue, owned: Owned) -> Registered:
+    """A data set as the gate asks for it."""
+    return Registered(owned.name, owned.count, owned.unit, lambda: catalogue.content(owned.name))
+
+
+def mean_of(
+    owned: Owned,
+    columns: Mapping[str, torch.Tensor],
+    values: torch.Tensor,
+    bounds: tuple[float, float],
+    spread: Fraction,
+    below: Below,
 ) -> _Made:
+    """The mean of numbers that were made of the records one by one, (records,), as of a column. Without noise where
+    `spread`, 1 / epsilon, is 0."""
+    persons = next((columns[column] for column in owned.withheld), None)
+    data = _Data(owned.count, _Column(values, ()), persons)
+    return _MADE["mean", owned.unit](data, Statistic("mean", "score", bounds), spread, below)
+
+
+def _made(owned: Owned, columns: Mapping[str, torch.Tensor], asked: Statistic, spread: Fraction, below: Below) -> _Made:
     persons = next((columns[column] for column in owned.withheld), None)
     column = _Column(columns[asked.column], asked.index) if asked.column else None
-    return _MADE[asked.kind, owned.unit](_Data(owned.count, column, persons), asked, epsilon, below)
+    return _MADE[asked.kind, owned.unit](_Data(owned.count, column, persons), asked, spread, below)
 
 
 def budgets(catalogue: Catalogue, gate: Gate) -> dict[str, str]:
@@ -108,7 +139,8 @@ def budgets(catalogue: Catalogue, gate: Gate) -> dict[str, str]:
     return found
 
 
-def _check_same(name: str, decided: str, found: str) -> None:
+def check_same(name: str, decided: str, found: str) -> None:
+    """Refuse data that is not what it was decided for. Raises `PolicyError`."""
     if found != decided:
         raise PolicyError(f"data set '{name}' was removed or replaced meanwhile: look it up anew")
 
@@ -130,7 +162,7 @@ def check(owned: Owned, asked: Statistic, epsilon: float) -> None:
             )
         return
     _check_column(owned, asked)
-    _check_bounds(asked)
+    check_bounds(asked)
 
 
 def _check_column(owned: Owned, asked: Statistic) -> None:
@@ -152,7 +184,8 @@ def _check_column(owned: Owned, asked: Statistic) -> None:
         )
 
 
-def _check_bounds(asked: Statistic) -> None:
+def check_bounds(asked: Statistic) -> None:
+    """Refuse bounds that are none. Raises `UsageError`."""
     bounds, what = asked.bounds, "edges" if asked.kind == "histogram" else "bounds"
     most = MOST_EDGES if asked.kind == "histogram" else 2
     if not 2 <= len(bounds) <= most:
@@ -253,65 +286,65 @@ class _Grid:
 _Made = tuple[Sequence[Fraction | int], Fraction | float]  # values, and the scale of their noise
 
 
-def _count(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:
+def _count(data: _Data, asked: Statistic, spread: Fraction, below: Below) -> _Made:
     found = sum(int(_within(chunk, asked.bounds).sum()) for chunk in data.column.chunks())
-    return [noised(found, 1 / epsilon, below)], 1 / epsilon
+    return [noised(found, spread, below)], spread
 
 
-def _persons(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:
+def _persons(data: _Data, asked: Statistic, spread: Fraction, below: Below) -> _Made:
     found = data.people
     if asked.column:
         found = int(data.per_person((_within(chunk, asked.bounds) for chunk in data.column.chunks()), "amax").sum())
-    return [noised(found, 1 / epsilon, below)], 1 / epsilon
+    return [noised(found, spread, below)], spread
 
 
 def _within(values: torch.Tensor, bounds: tuple[float, ...]) -> torch.Tensor:
     return (values >= bounds[0]) & (values <= bounds[-1])
 
 
-def _sum(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:
+def _sum(data: _Data, asked: Statistic, spread: Fraction, below: Below) -> _Made:
     grid = _Grid(asked.bounds)
-    scale = grid.top / epsilon
+    scale = grid.top * spread
     steps = noised(sum(int(grid.steps(chunk).sum()) for chunk in data.column.chunks()), scale, below)
     return [data.count * Fraction(grid.lower) + steps * Fraction(grid.step)], scale * Fraction(grid.step)
 
 
-def _mean(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:
-    (total,), scale = _sum(data, asked, epsilon, below)
+def _mean(data: _Data, asked: Statistic, spread: Fraction, below: Below) -> _Made:
+    (total,), scale = _sum(data, asked, spread, below)
     return [Fraction(total) / data.count], scale / data.count
 
 
-def _persons_sum(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:
+def _persons_sum(data: _Data, asked: Statistic, spread: Fraction, below: Below) -> _Made:
     grid = _Grid(asked.bounds)
     low, high = math.ceil(grid.lower / grid.step), math.floor(grid.upper / grid.step)
     sums = data.per_person((grid.unclamped(chunk) for chunk in data.column.chunks()), "sum").clamp(low, high)
-    scale = Fraction(max(abs(low), abs(high), high - low)) / epsilon
+    scale = Fraction(max(abs(low), abs(high), high - low)) * spread
     # In two parts: the sum of many that are far from zero does not fit into 64 bits.
     total = (int((sums >> 32).sum()) << 32) + int((sums & 0xFFFFFFFF).sum())
     return [noised(total, scale, below) * Fraction(grid.step)], scale * Fraction(grid.step)
 
 
-def _persons_mean(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:
+def _persons_mean(data: _Data, asked: Statistic, spread: Fraction, below: Below) -> _Made:
     grid = _Grid(asked.bounds)
     records = data.whose.bincount(minlength=data.people)
     sums = data.per_person((grid.steps(chunk) for chunk in data.column.chunks()), "sum")
     means = (2 * sums + records).div(2 * records, rounding_mode="floor")  # rounded; in 0 to top
-    scale = 2 * grid.top / epsilon
+    scale = 2 * grid.top * spread
     total = noised(int((2 * means - grid.top).sum()), scale, below)  # of twice (value - middle)
-    people = max(1, noised(data.people, 2 / epsilon, below))
+    people = max(1, noised(data.people, 2 * spread, below))
     half = Fraction(grid.step) / 2
     return [Fraction(grid.lower) + half * (grid.top + Fraction(total, people))], half * scale / people
 
 
-def _histogram(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:
-    return _binned(data.column.chunks(), asked.bounds, epsilon, below)
+def _histogram(data: _Data, asked: Statistic, spread: Fraction, below: Below) -> _Made:
+    return _binned(data.column.chunks(), asked.bounds, spread, below)
 
 
-def _persons_histogram(data: _Data, asked: Statistic, epsilon: Fraction, below: Below) -> _Made:
-    return _binned(iter([data.column.of(data.first())]), asked.bounds, epsilon, below)
+def _persons_histogram(data: _Data, asked: Statistic, spread: Fraction, below: Below) -> _Made:
+    return _binned(iter([data.column.of(data.first())]), asked.bounds, spread, below)
 
 
-def _binned(chunks: Iterator[torch.Tensor], edges: tuple[float, ...], epsilon: Fraction, below: Below) -> _Made:
+def _binned(chunks: Iterator[torch.Tensor], edges: tuple[float, ...], spread: Fraction, below: Below) -> _Made:
     """Bins are from an edge on and below the next; the last has its upper edge, too."""
     bins = len(edges) - 1
     limits = torch.tensor(edges, dtype=torch.float64)
@@ -320,7 +353,7 @@ def _binned(chunks: Iterator[torch.Tensor], edges: tuple[float, ...], epsilon: F
         inside = chunk[_within(chunk, edges)]
         place = (torch.bucketize(inside, limits, right=True) - 1).clamp(max=bins - 1)
         counts += place.bincount(minlength=bins)
-    return [noised(int(count), 2 / epsilon, below) for count in counts], 2 / epsilon
+    return [noised(int(count), 2 * spread, below) for count in counts], 2 * spread
 
 
 _MADE = {

@@ -34,6 +34,7 @@ from ..wire.messages import (
     Define,
     Describe,
     Drop,
+    Evaluate,
     Failure,
     Fetch,
     Found,
@@ -57,10 +58,13 @@ from ..wire.messages import (
     Submit,
     Tag,
     Types,
+    Update,
+    Updated,
     Value,
 )
 from . import statistics
 from .device import at_home, home
+from .evaluation import Evaluation
 from .gate import Gate, Opening, Question, Uses, Who, counted
 from .limits import TEXT, UNLIMITED, Limits, Meter
 from .plan import Report
@@ -69,6 +73,7 @@ from .private import UNSEEDED, draws_of
 from .release import release
 from .store import Failed, Halt, Missing, Store
 from .submission import Origin, Submissions
+from .update import derives_from, updated
 
 __all__ = ["MOST_FAILURES", "Worker", "WorkerSession"]
 
@@ -229,7 +234,7 @@ class WorkerSession:
                 elif kind is Run:
                     report = functools.partial(self._report, frame.number, index, failures)
                     yield from self.plans.run(message, store, None, report, every)  # type: ignore[arg-type]  # as above
-                elif kind is Load:  # what comes after it needs an account
+                elif kind is Load or kind is Evaluate:  # what comes after it needs an account
                     return (yield from self._metered(frame, self._begin_metering(), index, results, failures, every))
                 else:
                     self._answer(message, results)
@@ -257,9 +262,13 @@ class WorkerSession:
                 elif kind is Drop:
                     for ref in message.ids:  # type: ignore[union-attr]  # as above
                         drop(ref)
-                elif kind is Run:
-                    report = functools.partial(self._report, frame.number, index, failures)
-                    for _ in self._run(message, meter, report, every):  # type: ignore[arg-type]  # as above
+                elif kind is Run or kind is Evaluate:
+                    if kind is Run:
+                        report = functools.partial(self._report, frame.number, index, failures)
+                        steps = self._run(message, meter, report, every)  # type: ignore[arg-type]  # as above
+                    else:
+                        steps = self._evaluated(message, meter, results)  # type: ignore[arg-type]  # as above
+                    for _ in steps:
                         meter.spent += clock() - began
                         yield
                         began = clock()
@@ -322,11 +331,47 @@ class WorkerSession:
                 if meter is not None:
                     meter.check_time("statistics")
                 results.append(statistics.answer(self.worker.catalogue, self.worker.gate, self.who, message))
+            case Update(ids=ids):
+                if meter is not None:
+                    meter.check_question(ids)
+                results.append(self._updated(message))
             case Clear():
                 self.store.clear()
                 self.submissions.clear()
             case Define(program=program):
                 self.plans.define(program)
+
+    def _evaluated(self, message: Evaluate, meter: Meter, results: list[Result]) -> Iterator[None]:
+        """A mean score, a step for each record. Raises `UsageError`, `PolicyError`, `LedgerError`, and what the program
+        would be refused for."""
+        meter.check_time("evaluate")
+        if self.halt.cause is not None:
+            raise self.halt.cause
+        worker = self.worker
+        evaluation = Evaluation(message, worker.catalogue, self.plans, self.store, meter, worker.device)
+        if message.runs:
+            names, count = (evaluation.owned.name,), evaluation.owned.count
+            results.append(
+                worker.gate.submit(self.who, names, evaluation.score, message.reason, message.runs, scores=count)
+            )
+            return
+        for step in evaluation.answered(worker.gate, self.who):
+            if step is not None:
+                results.append(step)
+            yield
+
+    def _updated(self, message: Update) -> Updated:
+        """An update, through the stages that it must pass. Raises `UsageError`, `PolicyError`, `LedgerError`."""
+        label = derives_from(message, self.store)
+        for name in sorted(self._gone().intersection(label.sources)):
+            raise self._refused(name)
+        if self.meter is not None:
+            for ref in message.ids:
+                self.meter.check_release(self.store[ref])
+        found = updated(message, label, self.store, self.worker.catalogue, self.worker.gate, self.who)
+        for name in sorted(self._gone().intersection(label.sources)):  # replaced while it was decided
+            raise self._refused(name)
+        return found
 
     def _load(self, message: Load) -> None:
         name, ids = message.name, message.ids

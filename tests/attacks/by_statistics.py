@@ -122,7 +122,8 @@ def attack_asks_again_under_a_new_version_of_the_policy(world: World) -> Any:
 def attack_asks_again_after_a_crash_between_payment_and_answer(world: World) -> Any:
     _add(world)
     gate, ledger = world.worker.gate, world.owner.ledger
-    gate.statistics(world.door.who, "ages", "record", lambda: world.worker.catalogue.content("ages"), 0.8, "a mean")
+    catalogue = world.worker.catalogue
+    gate.statistics(world.door.who, statistics.registered(catalogue, catalogue.owned("ages")), 0.8, "a mean")
     world.worker.gate = Gate(world.owner.policies, world.owner.requests, ledger)  # the worker starts anew
     return _ask(world, 0.8)
 

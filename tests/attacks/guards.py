@@ -22,6 +22,7 @@ from housecall.owner.approvals import Approval, Request, Requests
 from housecall.owner.ledger import Entry, Sealed
 from housecall.owner.policy import Decision
 from housecall.owner.spending import Spending
+from housecall.privacy.accounting import Cost
 from housecall.program import forecast, ops
 from housecall.program.ops import _parse
 from housecall.program.run import _runner, execute
@@ -211,12 +212,12 @@ _source, _made, _named = Submissions._source, Submissions.made, Submissions._mad
 _lets_out = Requests.lets_out
 
 
-def _nothing_spent(self: Spending, identity: str) -> Fraction:
-    return Fraction()
+def _nothing_spent(self: Spending, identity: str) -> Cost:
+    return Cost()
 
 
-def _unpaid(self: Spending, *args: Any) -> Sealed:
-    return Sealed(1, datetime(2026, 1, 1, tzinfo=UTC), "0" * 64, Entry("reserve"), "0" * 128)
+def _unpaid(self: Spending, entry: Entry, *args: Any, **cost: float) -> Sealed:
+    return Sealed(1, datetime(2026, 1, 1, tzinfo=UTC), "0" * 64, entry, "0" * 128)
 
 
 def _of_floats(total: int, scale: Fraction, below: Any) -> Any:
@@ -232,12 +233,12 @@ def _each_record(data: Any, *args: Any) -> Any:
     return statistics._sum(data, *args)
 
 
-def _before_the_rules(self: Gate, who: Any, name: str, unit: Any, data: Any, epsilon: float, what: str) -> Sealed:
+def _before_the_rules(self: Gate, who: Any, data: Any, epsilon: float, what: str) -> Sealed:
     assert self.spending is not None
-    budget = self.policies[name].budget
-    if epsilon > self.spending.left(data(), budget):
-        raise PolicyError(f"{self.spending.left(data(), budget)} is left")
-    return _paid(self, who, name, unit, data, epsilon, what)
+    budget = self.policies[data.name].budget
+    if epsilon > self.spending.left(data.content(), budget):
+        raise PolicyError(f"{self.spending.left(data.content(), budget)} is left")
+    return _paid(self, who, data, epsilon, what)
 
 
 _paid = Gate.statistics
@@ -342,7 +343,7 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "paid": (patch.object(Spending, "reserve", _unpaid), patch.object(Gate, "answered", lambda *args: None)),
     "answered": (patch.object(Gate, "answered", lambda *args: None),),
     "offered": (patch.object(statistics, "_check_column", lambda *args: None),),
-    "same data": (patch.object(statistics, "_check_same", lambda *args: None),),
+    "same data": (patch.object(statistics, "check_same", lambda *args: None),),
     "noise": (patch.object(statistics, "noised", lambda total, scale, below: total),),
     "whole steps": (patch.object(statistics, "noised", _of_floats),),
     "clamped": (patch.object(statistics._Grid, "steps", _unclamped),),

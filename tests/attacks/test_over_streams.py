@@ -107,7 +107,7 @@ def test_a_replayed_question_for_a_statistic_is_paid_once(host: Host) -> None:
         values |= {result.values for result in reply.results}  # type: ignore[union-attr]
     assert len(values) == 1
     assert gate.spending is not None
-    assert gate.spending.spent(host.worker.catalogue.content("heart")) == Fraction("0.25")
+    assert gate.spending.spent(host.worker.catalogue.content("heart")).epsilon == Fraction("0.25")
     peer.close()
 
 

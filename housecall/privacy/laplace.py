@@ -1,6 +1,7 @@
 """Noise that hides one record, or one person: drawn exactly, in whole numbers.
 
-What must live here: sampling. What must not: what is measured, how much it may cost, floating point.
+What must live here: sampling, which imports neither torch nor numpy. What must not: what is measured, how much it may
+cost, floating point.
 
 NOTE [Whole numbers]
 Laplace noise made of floats does not keep its promise: the low bits of a sum tell which sum it was (Mironov 2012, "On
@@ -22,8 +23,8 @@ Below = Callable[[int], int]  # a whole number from 0 on below this one, each as
 
 
 def noised(total: int, scale: Fraction, below: Below = secrets.randbelow) -> int:
-    """A whole number that may leave: with Laplace noise of this scale."""
-    return total + laplace(scale, below)
+    """A whole number that may leave: with Laplace noise of this scale; 0 is none."""
+    return total + laplace(scale, below) if scale else total
 
 
 def laplace(scale: Fraction, below: Below = secrets.randbelow) -> int:

@@ -1,0 +1,83 @@
+"""Bring home what a module has learnt from an owner's data, as far as her policy lets updates out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import UsageError
+from ..transport.whole import whole
+from ..wire.messages import Update, Updated
+from .adapted import restore
+from .module import modules_of, return_home
+from .request import ask_gate
+from .session import Session, Slot
+from .tensor import PointerTensor, sessions_of
+
+__all__ = ["UpdateAnswer", "get_update"]
+
+
+class UpdateAnswer(NamedTuple):
+    """`model`: the module, home again; `left`: what epsilon the budgets of the data have left."""
+
+    model: nn.Module
+    left: float
+
+
+def get_update(module: nn.Module, since: nn.Module | Mapping[str, torch.Tensor]) -> UpdateAnswer:
+    """Bring a module home as `since` plus its update: the difference to what it is now, through the stages that the
+    policies of the data demand (`clip`, `noise`), of all parameters and buffers together. `since` is the module as it
+    was when it was sent, here: a deep copy, or its `state_dict()`. What no noise can be added to (a counter of batches)
+    comes home as it was. Gradients stay, and are forgotten.
+
+    Raises `UsageError` for what is no update, and `PolicyError` if the owners' rules, or what is left of their budgets,
+    say no; then the module is where it was."""
+    now = module.state_dict(keep_vars=True)
+    before = since.state_dict() if isinstance(since, nn.Module) else since
+    session = _session(now)
+    pairs = _pairs(now, before)
+    learnt = [(pointer, old) for pointer, old in pairs if old.is_floating_point()]
+    slots: list[Slot] = [session.put(old.detach(), None) for _, old in learnt]
+    message = Update(tuple([pointer._slot.id for pointer, _ in learnt]), tuple([slot.id for slot in slots]))
+    found = ask_gate(session, message, "update")
+    assert isinstance(found, Updated)
+    home = {id(pointer): old.detach().clone() for pointer, old in pairs}
+    for (pointer, old), array in zip(learnt, found.arrays, strict=True):
+        home[id(pointer)] = old.detach() + array.data
+    with whole():
+        for pointer, _ in pairs:
+            value = home[id(pointer)].requires_grad_(pointer.requires_grad)
+            pointer.grad = None
+            return_home(pointer, value)
+    restore(modules_of(module))
+    return UpdateAnswer(module, found.left)
+
+
+def _session(now: Mapping[str, Any]) -> Session:
+    pointers = [tensor for tensor in now.values() if isinstance(tensor, PointerTensor)]
+    sessions = sessions_of(pointers)
+    if len(sessions) != 1 or len(pointers) != len(now):
+        raise UsageError("this module is not at one worker: .send(worker) it there, train, and then ask for its update")
+    return sessions.pop()
+
+
+def _pairs(now: Mapping[str, Any], before: Mapping[str, torch.Tensor]) -> list[tuple[Any, torch.Tensor]]:
+    """Each parameter and buffer, once, and what it was."""
+    if now.keys() != before.keys():
+        raise UsageError(f"since= is another module: {sorted(now.keys() ^ before.keys())[:5]} are in only one of them")
+    found: dict[int, tuple[Any, torch.Tensor]] = {}
+    for name, pointer in now.items():
+        old = before[name]
+        if isinstance(old, PointerTensor) or not isinstance(old, torch.Tensor):
+            raise UsageError(
+                f"since= has no tensor here as '{name}': keep a deep copy of the module before you send it"
+            )
+        if (old.shape, old.dtype) != (pointer.shape, pointer.dtype):
+            raise UsageError(
+                f"'{name}' is a {pointer.dtype} of {tuple(pointer.shape)}, and was a {old.dtype} of {tuple(old.shape)}"
+            )
+        found[id(pointer)] = pointer, old
+    return list(found.values())
