@@ -149,7 +149,7 @@ def _wide(policy: Policy) -> Iterator[str]:
     if policy.use.plans and "*" in policy.plans.digests:
         yield 'plans.digests has "*": any program runs, and nobody has read it'
     if policy.release.update and not pipeline.rho(policy.release.update):
-        yield "release.update has no noise: a single update can tell of single records"
+        yield "release.update has no noise: what an update tells of single records is up to whoever trains"
     if policy.release.metrics.minimum and not policy.release.metrics.noise:
         yield "release.metrics has no noise: means of a model's scores tell of single records, to who chooses the model"
 

@@ -567,7 +567,7 @@ def _metric(policy: Policy) -> str:
     if not metrics.noise:
         return (
             f"MAY HAVE EXACT MEANS: {what}, without noise, by programs that [plans] accepts. Who chooses the model can "
-            "single out a record."
+            "single out a record, so that is as good as exact values."
         )
     if exact(metrics.epsilon) > exact(policy.budget.epsilon):
         return "No metrics: the policy would let them out, and [budget] has too little to pay for one."
@@ -580,8 +580,8 @@ def _updates(policy: Policy) -> str:
     rho = pipeline.rho(stages)
     if not rho:
         return (
-            f"MAY TAKE UPDATES WITHOUT NOISE, of models trained on it, through {pipeline.words(stages)}: they can tell "
-            "of single records."
+            f"MAY TAKE UPDATES WITHOUT NOISE of models, through {pipeline.words(stages)}: whoever trains them "
+            "chooses what they tell, so that is as good as exact values."
         )
     if unpaid(policy):
         return "No updates: the policy would let them out, and [budget] has too little to pay for one."

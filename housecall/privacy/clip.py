@@ -30,8 +30,9 @@ class Clip(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         largest = float(np.abs(finite).max(initial=0.0))
         if not largest:
             return finite
-        norm = largest * float(np.linalg.norm(finite / largest))  # the square of 1e200 is no float
-        return finite if norm <= self.norm else finite * (self.norm / norm)
+        scaled = finite / largest  # the square of 1e200 is no float
+        norm = float(np.linalg.norm(scaled))
+        return finite if largest * norm <= self.norm else scaled * (self.norm / norm)
 
     def __str__(self) -> str:
         return f"clip(norm={self.norm:g})"

@@ -121,6 +121,8 @@ class Evaluation:
         loop = self._loop()
         for at in range(self.owned.count):
             found = loop.score({name: column[at : at + 1] for name, column in whole.columns.items()})
+            if loop.refused is not None:  # the session's time is over: a mean of fewer records is none
+                raise loop.refused
             scores[at] = math.nan if found is None else found
             yield None
         cost = paid.entry.privacy
@@ -175,6 +177,7 @@ class _Loop:
         found = float(value) if isinstance(value, torch.Tensor) and not failed else None
         for ref in (*(ref for ref, _ in columns), _OUT):
             store.drop(ref)
+        store.lent.clear()  # of a device's copies, one record's at a time
         return found
 
     def _report(self, number: int, call: Call, error: Exception) -> Failed:

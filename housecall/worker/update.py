@@ -26,7 +26,9 @@ from .release import release_update
 from .statistics import registered
 from .store import Store
 
-__all__ = ["derives_from", "updated"]
+__all__ = ["derives_from", "room", "updated"]
+
+_BYTES = 64  # that one value takes on its way, at most: vectors of 8 bytes each, and two that are being joined
 
 
 def derives_from(message: Update, store: Store) -> Label:
@@ -54,6 +56,11 @@ def _check(ref: int, since: int, store: Store) -> None:
         raise UsageError(f"an update is of real numbers, and this is a {now}: it has no norm that could be bounded")
     if label := store.label(since):
         raise UsageError(f"what an update is since derives from {label}: give what you sent, which is public")
+
+
+def room(message: Update, store: Store) -> int:
+    """The bytes that an update takes on its way out: an expanded view is filled up."""
+    return _BYTES * sum(store.specs[ref].size.numel() for ref in message.ids)
 
 
 def updated(

@@ -73,13 +73,14 @@ from .private import UNSEEDED, draws_of
 from .release import release
 from .store import Failed, Halt, Missing, Store
 from .submission import Origin, Submissions
-from .update import derives_from, updated
+from .update import derives_from, room, updated
 
 __all__ = ["MOST_FAILURES", "Worker", "WorkerSession"]
 
 log = logging.getLogger(__name__)
 
 MOST_FAILURES = 10_000  # that one reply tells of
+_ACCOUNTED = frozenset({Load, Evaluate, Update})  # messages that need an account, as does what comes after them
 
 
 class Worker:
@@ -234,7 +235,7 @@ class WorkerSession:
                 elif kind is Run:
                     report = functools.partial(self._report, frame.number, index, failures)
                     yield from self.plans.run(message, store, None, report, every)  # type: ignore[arg-type]  # as above
-                elif kind is Load or kind is Evaluate:  # what comes after it needs an account
+                elif kind in _ACCOUNTED:
                     return (yield from self._metered(frame, self._begin_metering(), index, results, failures, every))
                 else:
                     self._answer(message, results)
@@ -368,6 +369,7 @@ class WorkerSession:
         if self.meter is not None:
             for ref in message.ids:
                 self.meter.check_release(self.store[ref])
+            self.meter.check_room("update", 0, room(message, self.store))
         found = updated(message, label, self.store, self.worker.catalogue, self.worker.gate, self.who)
         for name in sorted(self._gone().intersection(label.sources)):  # replaced while it was decided
             raise self._refused(name)
