@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import msgspec
+import numpy as np
 import torch
 
 from housecall.errors import PolicyError
@@ -23,11 +24,14 @@ from housecall.owner.ledger import Entry, Sealed
 from housecall.owner.policy import Decision
 from housecall.owner.spending import Spending
 from housecall.privacy.accounting import Cost
+from housecall.privacy.clip import Clip
+from housecall.privacy.noise import Noise
 from housecall.program import forecast, ops
 from housecall.program.ops import _parse
 from housecall.program.run import _runner, execute
 from housecall.types import PUBLIC
-from housecall.worker import gate, history, limits, private, statistics, store, submission
+from housecall.worker import evaluation, gate, history, limits, private, statistics, store, submission, update
+from housecall.worker.evaluation import Score
 from housecall.worker.gate import Gate, Opening, Uses
 from housecall.worker.limits import Meter
 from housecall.worker.store import Store
@@ -233,6 +237,18 @@ def _each_record(data: Any, *args: Any) -> Any:
     return statistics._sum(data, *args)
 
 
+def _unbounded(self: Noise, update: Any, bound: float) -> Any:
+    return np.nan_to_num(update / bound * (2**20 / self.multiplier))
+
+
+def _unbounded_score(program: Any, sources: Any, labels: Any, bounds: Any) -> Score:
+    return Score(program, sources, labels, (0.0, 1.0))
+
+
+def _score_of_whatever(program: Any, sources: Any, labels: Any, bounds: Any) -> Score:
+    return Score(program, tuple([BROUGHT for _ in sources]), labels, bounds)
+
+
 def _before_the_rules(self: Gate, who: Any, data: Any, epsilon: float, what: str) -> Sealed:
     assert self.spending is not None
     budget = self.policies[data.name].budget
@@ -349,6 +365,20 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "clamped": (patch.object(statistics._Grid, "steps", _unclamped),),
     "one contribution": (patch.dict(statistics._MADE, {("sum", "person"): _each_record}),),
     "refused alike": (patch.object(Gate, "statistics", _before_the_rules),),
+    "noised update": (patch.object(Noise, "passed", lambda self, update, bound, random: update),),
+    "clipped": (
+        patch.object(Clip, "passed", lambda self, update: update),
+        patch.object(Noise, "steps", _unbounded),
+    ),
+    "since is public": (patch.object(update, "_check", lambda *args: None),),
+    "public in a score": (patch.object(evaluation, "_check_inputs", lambda *args: None),),
+    "a score": (patch.object(evaluation, "_check_score", lambda program: None),),
+    "score's bounds": (patch.object(evaluation, "Score", _unbounded_score),),
+    "score's column": (patch.object(evaluation, "Score", _score_of_whatever),),
+    "withheld column": (
+        patch.object(evaluation, "_check_inputs", lambda *args: None),
+        patch.object(evaluation.Evaluation, "_check_types", lambda self: None),
+    ),
     "limits": (patch.object(limits, "_number", lambda limit: math.inf),),
     "table": (patch.object(ops, "table", lambda: _TABLE),),
 }

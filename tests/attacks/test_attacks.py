@@ -8,13 +8,14 @@ import by_owners_word
 import by_pointers
 import by_programs
 import by_statistics
+import by_updates
 import pytest
 from guards import GUARDS
 from hostile import ATTACKS, WHY_NONE, World
 
 from housecall.worker import history
 
-__all__ = ["by_data", "by_frames", "by_owners_word", "by_pointers", "by_programs", "by_statistics"]
+__all__ = ["by_data", "by_frames", "by_owners_word", "by_pointers", "by_programs", "by_statistics", "by_updates"]
 
 
 @pytest.fixture(autouse=True)
