@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from .identity.certificate import Identity as Identity
     from .owned.mocks import Fakes as Fakes
     from .owner.policy import Budget as Budget
+    from .owner.policy import Metrics as Metrics
+    from .owner.policy import Plans as Plans
     from .owner.policy import Policy as Policy
     from .owner.policy import Release as Release
     from .owner.policy import Use as Use
@@ -75,6 +77,8 @@ if TYPE_CHECKING:
     from .pointers.statistics import Sum as Sum
     from .pointers.tensor import PointerTensor as PointerTensor
     from .pointers.tensor import send as send
+    from .privacy.clip import Clip as Clip
+    from .privacy.noise import Noise as Noise
     from .program.call import Call as Call
     from .program.call import Program as Program
     from .program.files import load_program as load_program
@@ -87,6 +91,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Budget": "owner.policy",
     "Call": "program.call",
+    "Clip": "privacy.clip",
     "CodecError": "errors",
     "Count": "pointers.statistics",
     "DataError": "errors",
@@ -102,10 +107,13 @@ _HOME = {
     "LocalCluster": "cluster",
     "MNIST": "datasets",
     "Mean": "pointers.statistics",
+    "Metrics": "owner.policy",
     "MockDataset": "pointers.mock",
+    "Noise": "privacy.noise",
     "OperatorError": "errors",
     "OwnedDataset": "pointers.owned",
     "PlaceError": "errors",
+    "Plans": "owner.policy",
     "PointerTensor": "pointers.tensor",
     "Policy": "owner.policy",
     "PolicyError": "errors",
