@@ -18,15 +18,14 @@ from collections.abc import Callable, Generator, Iterator
 import msgspec
 import torch
 
-from ..errors import DataError, HousecallError, LimitError, PolicyError, ProgramError, UsageError
+from ..errors import HousecallError, LimitError, ProgramError, UsageError
 from ..owned.catalogue import Catalogue
 from ..owned.description import Owned
-from ..program.call import HOLE, Call, Program, text
-from ..program.ops import operator
+from ..program.call import HOLE, Call, text
 from ..program.run import Randomness, computing, execute
 from ..program.typing import type_of
 from ..transport.arrays import share
-from ..types import PUBLIC, Label, TensorType
+from ..types import PUBLIC, TensorType
 from ..wire import messages as wire
 from ..wire.messages import (
     Array,
@@ -65,14 +64,15 @@ from ..wire.messages import (
 from . import statistics
 from .device import at_home, home
 from .evaluation import Evaluation
-from .gate import Gate, Opening, Question, Uses, Who, counted
+from .gate import Gate, Opening, Question, Who, counted
 from .limits import TEXT, UNLIMITED, Limits, Meter
-from .plan import Report
+from .loans import Loans
 from .plans import Plans
 from .private import UNSEEDED, draws_of
+from .programs import Programs
 from .release import release
 from .store import Failed, Halt, Missing, Store
-from .submission import Origin, Submissions
+from .submission import Submissions
 from .update import derives_from, room, updated
 
 __all__ = ["MOST_FAILURES", "Worker", "WorkerSession"]
@@ -130,25 +130,6 @@ def _described(owned: Owned) -> wire.Owned:
     return wire.Owned(owned.name, columns, owned.count, owned.tags, owned.description, owned.unit, owned.mock)
 
 
-def _check_found(message: Load, columns: dict[str, torch.Tensor]) -> None:
-    """Refuse to bind what has another schema, or count, than was found: its caller would take it for what it is not."""
-    if message.count:
-        now = tuple([wire.Column(name, type_of(one).dtype, tuple(one.shape[1:])) for name, one in columns.items()])
-        count = len(next(iter(columns.values())))
-        if (message.count, message.columns) != (count, now):
-            raise DataError(
-                f"data set '{message.name}' was replaced since it was found: it has {count:,} records of "
-                f"{', '.join(column.name for column in now)} now; look it up anew"
-            )
-
-
-def _replaced(name: str) -> str:
-    return (
-        f"data set '{name}' was removed or replaced since this session loaded it: what derives from the old data stays "
-        "at the worker. Let go of it (`worker.clear()` frees all that you hold there), and look the data set up anew"
-    )
-
-
 def _bound_by(message: Message) -> tuple[int, ...]:
     match message:
         case Call(outs=outs):
@@ -169,15 +150,15 @@ class WorkerSession:
         self.worker = worker
         self.who = who
         self.id = secrets.token_hex(8)
-        self.read: dict[str, str] = {}  # data sets that were loaded -> the identity of the data that they were then
         # What `_key` calls a value -> the digest of the request that it is part of, and of what the owner reads of it.
         self.asked: dict[str, tuple[str, str]] = {}
         self.store = Store()
-        self.uses = Uses(lambda: worker.gate, who)
         self.submissions = Submissions(self.store, self.id)
         self.randomness = Randomness()
         self.halt = Halt()
         self.plans = Plans(worker.device, self.randomness, self.halt)
+        self.loans = Loans(worker, who, self.store, self.submissions)
+        self.programs = Programs(worker, who, self.store, self.halt, self.plans, self.loans, self.submissions)
         self.meter: Meter | None = None
         if worker.limits != UNLIMITED:
             self._begin_metering()
@@ -250,9 +231,8 @@ class WorkerSession:
     ) -> Generator[None, None, Reply]:
         call, drop, clock = meter.call, self.store.drop, meter.clock
         meter.new_reply()
-        self.uses.renew()
-        if self.uses.closed:
-            meter.may_use = self._may_use
+        self.loans.uses.renew()
+        self.loans.guard(meter)
         for index in range(first, len(frame.messages)):
             message = frame.messages[index]
             kind = type(message)
@@ -266,7 +246,7 @@ class WorkerSession:
                 elif kind is Run or kind is Evaluate:
                     if kind is Run:
                         report = functools.partial(self._report, frame.number, index, failures)
-                        steps = self._run(message, meter, report, every)  # type: ignore[arg-type]  # as above
+                        steps = self.programs.run(message, meter, report, every)  # type: ignore[arg-type]  # as above
                     else:
                         steps = self._evaluated(message, meter, results)  # type: ignore[arg-type]  # as above
                     for _ in steps:
@@ -298,8 +278,8 @@ class WorkerSession:
                 if meter is not None:
                     meter.check_question(ids)
                 results.append(self._request(ids, reason))
-            case Submit(digest=digest, ids=ids, reason=reason, runs=runs):
-                results.append(self._submit(digest, ids, reason, runs))
+            case Submit():
+                results.append(self.programs.submit(message))
             case Status(request=request):
                 results.append(self.worker.gate.status(self.who, request))
             case Describe(ids=ids):
@@ -325,7 +305,7 @@ class WorkerSession:
             case Open(name=name):
                 self._found(Found((), (_described(self.worker.catalogue.owned(name)),)), results)
             case Load():
-                self._load(message)
+                self.loans.lend(message, meter)
             case Mock(name=name):
                 results.append(self._mock(name))
             case Statistics():
@@ -364,85 +344,14 @@ class WorkerSession:
     def _updated(self, message: Update) -> Updated:
         """An update, through the stages that it must pass. Raises `UsageError`, `PolicyError`, `LedgerError`."""
         label = derives_from(message, self.store)
-        for name in sorted(self._gone().intersection(label.sources)):
-            raise self._refused(name)
+        self.loans.check(label.sources)
         if self.meter is not None:
             for ref in message.ids:
                 self.meter.check_release(self.store[ref])
             self.meter.check_room("update", 0, room(message, self.store))
         found = updated(message, label, self.store, self.worker.catalogue, self.worker.gate, self.who)
-        for name in sorted(self._gone().intersection(label.sources)):  # replaced while it was decided
-            raise self._refused(name)
+        self.loans.check(label.sources)  # replaced while it was decided
         return found
-
-    def _load(self, message: Load) -> None:
-        name, ids = message.name, message.ids
-        self._check_ids(ids)
-        identity = self.worker.catalogue.identity(name)
-        self._check_same(name, identity)  # before the new data's policy says what may be done with what bears the name
-        self.uses.load(name, identity)
-        columns, label, found = self.worker.catalogue.lent(name)
-        if found != identity:  # what was permitted was of other data
-            self.uses.close(name)
-        if self.meter is not None:
-            self.meter.may_use = self._may_use if self.uses.closed else None
-        if found != identity:
-            raise self._refused(name)
-        self.read[name] = found
-        _check_found(message, columns)
-        if len(ids) != len(columns):
-            raise ProgramError(f"data set '{name}' has {len(columns)} columns; {len(ids)} ids were to be bound: {ids}")
-        device = self.worker.device
-        away = device.type != "cpu"  # then the session gets copies, which it pays for
-        if self.meter is not None:
-            self.meter.check_room("load", len(ids), sum(column.nbytes for column in columns.values()) if away else 0)
-        for ref, (title, column) in zip(ids, columns.items(), strict=True):
-            if away:
-                self.store[ref] = column.to(device)
-                self.store.count(ref, self.store[ref])
-                self.store.mark((ref,), label, failed=False)
-            else:
-                self.store.lend(ref, column, label)
-            self.submissions.lent(ref, name, title, found)
-            if self.meter is not None:
-                self.meter.history.lent(ref, f"{name}.{title}", self.store)
-
-    def _check_ids(self, ids: tuple[int, ...]) -> None:
-        for ref in ids:
-            if ref <= HOLE or ref in self.store:
-                raise ProgramError(f"%{ref} is bound already, or no id; bind each id once")
-        if len(set(ids)) != len(ids):
-            raise ProgramError(f"an id is to be bound twice: {ids}; bind each id once")
-
-    def _may_use(self, label: Label) -> None:
-        """Before a call reads values of this label. Raises `PolicyError` if they are for programs only, whatever is
-        permitted on other data that has the name now."""
-        names = self.uses.among(label)
-        for name in sorted(self._gone().intersection(names)) if names else ():
-            raise self._refused(name)
-        self.uses.check(label)
-
-    def _check_same(self, name: str, identity: str) -> None:
-        """In one session a name means one data set, as long as anything derives from it. Raises `PolicyError` if this
-        is another one."""
-        if self.read.get(name, identity) != identity and self._holds(name):
-            raise self._refused(name)
-
-    def _holds(self, name: str) -> bool:
-        """Whether anything here derives from a data set of this name: a value, or what randomness will give."""
-        labels = [self.store.drawn, *(cell.label for cell in self.store.cells.values())]
-        return any(name in label.sources for label in labels)
-
-    def _gone(self) -> frozenset[str]:
-        """The data sets that were removed or replaced since this session loaded them. The rules of what bears the name
-        now are not theirs, so what derives from them stays."""
-        identity = self.worker.catalogue.identity
-        return frozenset([name for name, data in self.read.items() if identity(name) != data])
-
-    def _refused(self, name: str) -> PolicyError:
-        """Why something stays that derives from data which is gone; it is in the ledger."""
-        self.worker.gate.refuse(self.who, Label((name,)), _replaced(name))
-        return PolicyError(_replaced(name))
 
     def _mock(self, name: str) -> Mocked:
         """What an owner gives to whoever asks: no policy is asked, and it is no value of this session."""
@@ -465,8 +374,7 @@ class WorkerSession:
             keys.append(self._key(ref))
         if self.meter is None or not label:
             raise UsageError("these values derive from nobody's data: fetch them, there is nothing to ask")
-        for name in sorted(self._gone().intersection(label.sources)):
-            raise self._refused(name)
+        self.loans.check(label.sources)
         history = self.meter.history
         made = history.program(ids, self.store)
         if self.store.astray and draws_of(made).calls:
@@ -480,80 +388,6 @@ class WorkerSession:
         self.asked.update(dict.fromkeys(keys, (digest, shown)))
         return said
 
-    # -- programs on data that only programs may read ------------------------------------------------------
-
-    def _submit(self, digest: str, ids: tuple[int, ...], reason: str, runs: int) -> Requested:
-        """Ask the owner to let a program run on these slots."""
-        program = self.plans.program(digest)
-        if len(ids) != len(program.inputs):
-            raise ProgramError(f"this program has {len(program.inputs)} inputs, and {len(ids)} were given")
-        names = self.uses.among(self._read_by(program, ids))
-        if self.meter is None or not names:
-            raise UsageError("this program reads nothing that only programs may read: run it, there is nothing to ask")
-        for name in sorted(self._gone().intersection(names)):
-            raise self._refused(name)
-        self._check_seeded(digest)
-        submission = self.submissions.of(program, ids, self.uses.closed)
-        return self.worker.gate.submit(self.who, names, submission, reason, runs)
-
-    def _check_seeded(self, digest: str) -> None:
-        """The state of the generator is an input of a random program, which its owner does not read of."""
-        if self.store.unseeded and self.plans.draws(digest).calls:
-            raise ProgramError(f"this program draws random numbers, and {UNSEEDED}")
-
-    def _read_by(self, program: Program, ids: tuple[int, ...]) -> Label:
-        """The label of all that a run of a program on these slots reads."""
-        label = PUBLIC
-        for ref in ids:
-            label = label | self.store.label(ref)
-        if self.store.drawn and any(operator(call.op).random for call in program.calls):
-            label = label | self.store.drawn
-        return label
-
-    def _run(self, message: Run, meter: Meter, report: Report, every: int) -> Iterator[None]:
-        """A run through the meter. If it reads what only programs may read, the owner is asked first, for the whole;
-        then its calls are not asked for one by one."""
-        origin, program = None, self.plans.program(message.digest)
-        if meter.may_use is not None:
-            self.plans.check(message, self.store)
-            origin = self._admitted(message, program)
-        steps = self._drawing(message.digest, self.plans.run(message, self.store, meter, report, every))
-        if origin is None:
-            yield from steps
-            return
-        may_use, meter.may_use = meter.may_use, None
-        try:
-            yield from steps
-        finally:
-            meter.may_use = may_use
-            self.submissions.made(origin, program, message.inputs, message.outs)
-
-    def _drawing(self, digest: str, steps: Iterator[None]) -> Iterator[None]:
-        """The steps of a run; what it draws is noted for the whole, since a later run does not go call by call."""
-        store = self.store
-        before = store.unseeded, store.astray
-        try:
-            yield from steps
-        finally:
-            if store.drawn:
-                store.unseeded, store.astray = before
-                store.drew(self.plans.draws(digest))
-
-    def _admitted(self, message: Run, program: Program) -> Origin | None:
-        """What a run's values are made by, if it reads what only programs may read, and may. Raises `PolicyError`, or
-        what would make the run fail in any case, before an approval is used."""
-        names = self.uses.among(self._read_by(program, message.inputs))
-        if not names:
-            return None
-        if self.halt.cause is not None:
-            raise self.halt.cause
-        for name in sorted(self._gone().intersection(names)):
-            raise self._refused(name)
-        self._check_seeded(message.digest)
-        submission = self.submissions.of(program, message.inputs, self.uses.closed)
-        approval = self.worker.gate.run(self.who, names, submission)
-        return self.submissions.after(submission, message.inputs, approval)
-
     def _key(self, ref: int) -> str:
         """What one value of one slot is called in requests: not the same after a write, nor once the id was freed and
         given anew, nor in another session."""
@@ -563,23 +397,18 @@ class WorkerSession:
         return f"{self.id}/{self.store.bindings.get(ref, 0)}/{cell.writes}"
 
     def _fetched(self, ids: tuple[int, ...]) -> tuple[Array | Failure, ...]:
-        gone = self._gone()
-        asked = {ref: self._question(ref) for ref in ids if ref in self.store.cells and not self._stays(ref, gone)}
+        gone = self.loans.gone()
+        asked = {ref: self._question(ref) for ref in ids if ref in self.store.cells and not self.loans.stays(ref, gone)}
         counts = counted((asked[ref], self.store.specs[ref].size.numel()) for ref in ids if ref in asked)
         opening = Opening(self.worker.gate, self.who, counts)
-        found = [self._stays(ref, gone) or self._released(ref, opening, asked.get(ref)) for ref in ids]
-        late = self._gone() - gone  # replaced while it was decided: by whose rules, nobody knows
+        found = [self.loans.stays(ref, gone) or self._released(ref, opening, asked.get(ref)) for ref in ids]
+        late = self.loans.gone() - gone  # replaced while it was decided: by whose rules, nobody knows
         if late:
-            found = [self._stays(ref, late) or item for ref, item in zip(ids, found, strict=True)]
+            found = [self.loans.stays(ref, late) or item for ref, item in zip(ids, found, strict=True)]
         if gone or late:
             for name in sorted({name for ref in ids for name in self.store.label(ref).sources} & (gone | late)):
-                self._refused(name)
+                self.loans.refused(name)
         return tuple(found)
-
-    def _stays(self, ref: int, gone: frozenset[str]) -> Failure | None:
-        """The refusal of a value that derives from data which is gone."""
-        sources = gone.intersection(self.store.label(ref).sources) if gone else ()
-        return Failure(0, 0, "release", _replaced(min(sources)), writes=False) if sources else None
 
     def _question(self, ref: int) -> Question:
         """What is asked of a value that is to leave."""

@@ -34,6 +34,8 @@ from housecall.worker import evaluation, gate, history, limits, private, statist
 from housecall.worker.evaluation import Score
 from housecall.worker.gate import Gate, Opening, Uses
 from housecall.worker.limits import Meter
+from housecall.worker.loans import Loans
+from housecall.worker.programs import Programs
 from housecall.worker.store import Store
 from housecall.worker.submission import BROUGHT, Origin, Submission, Submissions
 from housecall.worker.worker import WorkerSession
@@ -315,8 +317,8 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "mocks apart": (patch.object(Catalogue, "_mock", Catalogue._columns),),
     "mock's file": (patch.object(catalogue, "_load_mock", _unlooked_at),),
     "withheld": (patch.object(Catalogue, "lent", _with_withheld),),
-    "replaced": (patch.object(WorkerSession, "_gone", lambda self: frozenset()),),
-    "one meaning": (patch.object(WorkerSession, "_check_same", lambda self, name, identity: None),),
+    "replaced": (patch.object(Loans, "gone", lambda self: frozenset()),),
+    "one meaning": (patch.object(Loans, "_check_same", lambda self, name, identity: None),),
     "approved for the data": (patch.object(Submissions, "lent", _whatever_data),),
     "signed for the data": (patch.object(catalogue, "unsign", lambda folder, name: None),),
     "shown": (patch.object(history.History, "add", lambda *args: None),),
@@ -350,7 +352,7 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "of slots": (patch.object(Submissions, "made", _made_of_storages),),
     "which value": (patch.object(Submissions, "_made", _nameless),),
     "behind": (patch.object(Requests, "lets_out", _as_of_itself),),
-    "seeded": (patch.object(WorkerSession, "_check_seeded", lambda self, digest: None),),
+    "seeded": (patch.object(Programs, "_check_seeded", lambda self, digest: None),),
     "renewed": (patch.object(Uses, "renew", lambda self: None),),
     "still good": (patch.object(Requests, "lets_out", lambda *args: True),),
     "spent": (patch.object(Spending, "_spent", _nothing_spent),),
