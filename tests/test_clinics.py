@@ -60,32 +60,38 @@ def test_the_story(clinics: dict[str, Any], cluster: hc.LocalCluster) -> None:
     assert told.rehearsal[1] < told.rehearsal[0]
     assert told.accuracy["average"] > 0.8 > told.accuracy["untrained"]
     assert released(cluster) == {name: count + 1 for name, count in before.items()}
+    assert all(0.6 < score < 1.2 for score in told.scores.values())
     for entries in told.ledgers.values():
-        last = {sealed.entry.kind: sealed for sealed in entries}
+        *before_scores, paid, scored = entries
+        last = {sealed.entry.kind: sealed for sealed in before_scores}
         order = [last[kind].sequence for kind in ("request", "approval", "run", "release")]
         assert order == sorted(order)
         digest = last["request"].entry.program
         assert all(last[kind].entry.program.startswith(digest) for kind in ("approval", "run", "release"))
         assert "and what it makes may leave" in last["approval"].entry.decision
         assert last["release"].entry.decision == "allowed by heart: 2 tensors, 14 values"
+        assert (scored.entry.kind, scored.entry.of) == ("release", paid.sequence)
+        assert scored.entry.decision == "a mean score between 0.0 and 1.0: allowed by heart"
 
 
-def test_the_greedy_variant_is_refused_at_every_turn_with_the_texts_of_the_page(
-    clinics: dict[str, Any], cluster: hc.LocalCluster
-) -> None:
-    before = released(cluster)
-    with clinics["train"].owners(cluster, "--answer", "approve-then-deny", "--count", "2"):
-        answers = dict(clinics["greedy"].greedy(*cluster))
+def test_the_greedy_variant_is_refused_at_every_turn_with_the_texts_of_the_page(clinics: dict[str, Any]) -> None:
+    """At hospitals of its own, since it spends their budgets."""
+    with clinics["hospitals"].hospitals() as cluster:
+        with clinics["train"].owners(cluster, "--answer", "approve-then-deny", "--count", "2"):
+            answers = dict(clinics["greedy"].greedy(*cluster))
+        left = released(cluster)
     rows = dict(re.findall(r"^\| (.+) \| \((\d)\) \|$", PAGE, re.M))
     texts = dict(re.findall(r"^\((\d)\) (.+)$", PAGE, re.M))
     assert {name: texts[number] for name, number in rows.items()} == answers
-    assert released(cluster) == before  # the approved model too: she never asked for it
+    assert set(left.values()) == {0}  # the approved model too: she never asked for it
 
 
 def released(cluster: hc.LocalCluster) -> dict[str, int]:
-    """How often anything left, by the ledgers."""
+    """How often anything left without noise, by the ledgers."""
     return {
-        worker.id: sum(sealed.entry.kind == "release" for sealed in Account(worker.folder).entries())
+        worker.id: sum(
+            sealed.entry.kind == "release" and sealed.entry.of is None for sealed in Account(worker.folder).entries()
+        )
         for worker in cluster
     }
 

@@ -17,7 +17,7 @@ from hospitals import hospitals
 from table import COLUMNS
 from torch import nn
 from torch.nn import functional as F
-from train import owners, training
+from train import owners, right, training
 
 import housecall as hc
 from housecall.errors import HousecallError
@@ -40,7 +40,14 @@ def greedy(westside: Any, grapevine: Any) -> Iterator[tuple[str, str]]:
     heart = westside.search("#heart")[0]
     for name, attempt in (*on_records(heart, westside, grapevine), *on_training(heart, westside)):
         yield name, told(attempt)
+    yield "a score, until its noise averages out", told(lambda: on_scores(heart))
     yield from on_approval(heart, westside)
+
+
+def on_scores(heart: Any) -> list[float]:
+    """A hundred times the same question: their mean would have a tenth of the noise."""
+    model = nn.Linear(len(COLUMNS), 1)
+    return [heart.evaluate(right, model, "x", "y", bounds=(0, 1)).value for _ in range(100)]
 
 
 def on_records(heart: Any, westside: Any, grapevine: Any) -> list[Attempt]:

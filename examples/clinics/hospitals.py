@@ -13,11 +13,15 @@ from pathlib import Path
 from table import FILES, split, table
 
 import housecall as hc
-from housecall.owner.policy import Plans, Policy, Release, Use
 
 # The scientist may run programs that the owner has read, and touch the records in no other way. Nothing leaves, but
-# what the owner approves.
-POLICY = Policy(use=Use(plans=("scientist/me",)), plans=Plans(ask=True), release=Release(approvals=True))
+# what the owner approves; and mean scores of her models, with noise, until they have cost epsilon 1 for each patient.
+POLICY = hc.Policy(
+    use=hc.Use(plans=("scientist/me",)),
+    plans=hc.Plans(ask=True),
+    release=hc.Release(approvals=True, metrics=hc.Metrics(minimum=100, noise=5)),
+    budget=hc.Budget(epsilon=1),
+)
 # Records of nobody, for everybody: 13 standard normal numbers, and a diagnosis from 0 to 1. To write programs on.
 MOCK = hc.Fakes(records=50, y=(0, 1))
 

@@ -4,8 +4,8 @@
     python train.py --ask                       you answer for them, in other terminals: the commands are printed
 
 She finds the tables by tag, tries to take a column and is refused, writes her training on the hospitals' mocks, records
-it, submits it to both owners, waits, runs it, averages the two models at home (McMahan et al. 2017, one round), and
-tests on rows of her own.
+it, submits it to both owners, waits, runs it, averages the two models at home (McMahan et al. 2017, one round), tests
+on rows of her own, and has each hospital score the mean on its patients, with noise.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Story(NamedTuple):
     program: hc.Program  # as it was submitted to westside
     rehearsal: tuple[float, float]  # the loss on a mock, before and after
     accuracy: dict[str, float]  # on rows of her own, by model
+    scores: dict[str, float]  # the average's, on each hospital's records, with noise
     ledgers: dict[str, list[Sealed]]  # by hospital, verified
 
 
@@ -83,11 +84,29 @@ def refused(attempt: Any) -> str:
     raise AssertionError("this was to be refused, and was not")
 
 
+def right(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The share of rows that a model is right about: of one, 0 or 1."""
+    return ((model(x).squeeze(1) > 0) == (y > 0)).float().mean()
+
+
 def accuracy(model: nn.Module, rows: Table) -> float:
-    """The share of rows that a model is right about."""
-    x, y = rows
+    """The same, here."""
     with torch.no_grad():
-        return float(((model(x).squeeze(1) > 0) == (y > 0)).float().mean())
+        return float(right(model, *rows))
+
+
+def scored(model: nn.Module, found: dict[str, Any]) -> dict[str, float]:
+    """The same, by each hospital's own loop, on its own records: a mean with noise."""
+    scores = {}
+    for name, heart in found.items():
+        score = heart.evaluate(right, model, "x", "y", bounds=(0, 1))
+        scores[name] = float(score.value)
+        noise = 2**0.5 * score.scale  # the standard deviation of a Laplace distribution
+        print(
+            f"{name:>10}: right about {score.value:.1%} of its {heart.count} patients, give or take {noise:.1%}, for "
+            f"epsilon {score.epsilon:.2f} of each; {score.left:.2f} is left"
+        )
+    return scores
 
 
 def average(models: list[nn.Module], like: nn.Module) -> nn.Module:
@@ -133,8 +152,9 @@ def story(cluster: hc.LocalCluster, rows: Table) -> Story:
     scores = {name: accuracy(model, rows) for name, model in {"untrained": start, **models}.items()}
     for name, score in scores.items():
         print(f"{name:>10}: right about {score:.1%} of {len(rows[1])} patients of her own")
+    theirs = scored(models["average"], found)
     ledgers = {hospital.id: ledger(hospital) for hospital in cluster}
-    return Story(refusal, refused_run, program, losses, scores, ledgers)
+    return Story(refusal, refused_run, program, losses, scores, theirs, ledgers)
 
 
 def ledger(hospital: Any) -> list[Sealed]:
