@@ -10,8 +10,9 @@ import torch
 import housecall as hc
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _threads() -> None:
+    """Before each test: a service in this process sets the number for all of it."""
     torch.set_num_threads(1)
 
 
