@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -213,6 +214,8 @@ def test_all_owners_of_a_value_are_asked_and_paid(clinic: hc.VirtualWorker) -> N
     with pytest.raises(PolicyError, match=r"'skin' lets updates out only through clip\(norm=3\)"):
         ask(heart + skin)
     assert ask(heart + bones) < 3 - 2  # the least that any of them has left
+    assert ask(lungs) == math.inf  # of what costs nothing
+    spent = clinic.worker.gate.spending.spent(clinic.worker.catalogue.content("heart"))  # type: ignore[union-attr]
 
     def as_long_as_it_is_paid() -> None:
         while True:
@@ -220,12 +223,17 @@ def test_all_owners_of_a_value_are_asked_and_paid(clinic: hc.VirtualWorker) -> N
 
     with pytest.raises(PolicyError, match=r"'bones' has 0\..* left of a budget of epsilon 3 for each person"):
         as_long_as_it_is_paid()
+    with pytest.raises(PolicyError, match="'bones' has"):
+        ask(heart + bones)
+    now = clinic.worker.gate.spending.spent(clinic.worker.catalogue.content("heart"))  # type: ignore[union-attr]
+    assert now == spent  # nobody pays for what another cannot
     entries = [sealed.entry for sealed in clinic.owner.ledger.entries()]
     paid = [entry for entry in entries if entry.kind == "reserve" and entry.data_sets == ("heart",)]
     assert [entry.pipeline for entry in paid] == [("clip(norm=2)", "noise(multiplier=4)")] * 2
     assert all(entry.privacy is not None and entry.privacy.rho == Noise(multiplier=4.0).rho for entry in paid)
     lets = [entry for entry in entries if entry.kind == "release" and entry.data_sets == ("lungs",)]
-    assert [(entry.privacy, entry.pipeline) for entry in lets] == [(None, ("clip(norm=2)", "noise(multiplier=4)"))]
+    assert {entry.privacy for entry in lets} == {None}
+    assert [entry.pipeline for entry in lets] == [("clip(norm=2)", "noise(multiplier=4)"), ("clip(norm=2)",)]
     assert "an update: 1 tensor, 4 values" in lets[0].decision
 
 

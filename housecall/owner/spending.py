@@ -60,6 +60,20 @@ class Spending:
         """Spend epsilon, or rho, of the budget for this data, protected by `unit`, and write `entry` of it: when this
         returns it is on the disk. Raises `PolicyError`, saying what the policy does, if the budget does not allow it,
         and `LedgerError` if it cannot be written."""
+        with self._lock:
+            now = self._after(identity, budget, unit, epsilon, rho)
+            # Counted before it is written: if that fails nobody knows whether it was.
+            self._sums[identity] = now
+            event = Privacy(float(epsilon), 0.0, unit, float(rho) if rho else UNSET)
+            return self._ledger.append(msgspec.structs.replace(entry, kind="reserve", privacy=event, identity=identity))
+
+    def check(self, identity: str, budget: Budget, unit: Unit, epsilon: float = 0.0, rho: float = 0.0) -> None:
+        """Whether `reserve` would spend that now. Raises as it does, and spends nothing."""
+        with self._lock:
+            self._after(identity, budget, unit, epsilon, rho)
+
+    def _after(self, identity: str, budget: Budget, unit: Unit, epsilon: float, rho: float) -> Cost:
+        """What will be spent once this is. Raises `PolicyError` and `LedgerError`."""
         if not identity:
             raise LedgerError("data without an identity has no budget")
         cost = Cost(exact(epsilon), exact(rho))
@@ -69,15 +83,11 @@ class Spending:
             raise PolicyError(
                 f"counts its budget by {budget.unit}, and the data protects each {unit}: one does not pay for the other"
             )
-        with self._lock:
-            spent = self._spent(identity)
-            now = spent.also(cost)
-            if now.at(budget.delta) > exact(budget.epsilon):
-                raise PolicyError(_too_little(budget, unit, spent, now))
-            # Counted before it is written: if that fails nobody knows whether it was.
-            self._sums[identity] = now
-            event = Privacy(float(epsilon), 0.0, unit, float(rho) if rho else UNSET)
-            return self._ledger.append(msgspec.structs.replace(entry, kind="reserve", privacy=event, identity=identity))
+        spent = self._spent(identity)
+        now = spent.also(cost)
+        if now.at(budget.delta) > exact(budget.epsilon):
+            raise PolicyError(_too_little(budget, unit, spent, now))
+        return now
 
     def _spent(self, identity: str) -> Cost:
         return self._sums.get(identity, _NOTHING)

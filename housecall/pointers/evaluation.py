@@ -6,9 +6,11 @@ What must live here: how a function and its arguments become a score that an own
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from ..errors import PlaceError, UsageError
 from ..program.call import Program
@@ -23,6 +25,7 @@ from .tensor import PointerTensor
 __all__ = ["ask_score", "submit_score"]
 
 Bounds = tuple[float, float]
+_MANY = 2_000  # records: with fewer nobody waits long enough to read it
 
 
 def ask_score(
@@ -36,7 +39,9 @@ def ask_score(
     """Ask, and wait. Raises `UsageError` for what is no score, `PolicyError` if the owner's rules say no."""
     program, inputs, _kept = _bound(session, owned, score, args, kwargs)
     session.tell(Define(program))
-    found = ask_gate(session, Evaluate(owned.name, program.digest, inputs, _pair(bounds)), "evaluate")
+    message = Evaluate(owned.name, program.digest, inputs, _pair(bounds))
+    with _waiting(f"'{session.location.id}' scores {owned.count:,} records, one by one", owned.count):
+        found = ask_gate(session, message, "evaluate")
     assert isinstance(found, Noised)
     return StatisticsAnswer(found.values[0], found.scale, found.epsilon, found.left)
 
@@ -58,6 +63,11 @@ def submit_score(
     said = ask_gate(session, Evaluate(owned.name, program.digest, inputs, _pair(bounds), reason, runs), "evaluate")
     assert isinstance(said, Requested)
     return OwnersAnswer(session, said)
+
+
+def _waiting(what: str, count: int) -> AbstractContextManager[Any]:
+    """A line that says so, where it takes a while."""
+    return Console(stderr=True).status(what) if count >= _MANY else nullcontext()
 
 
 def _pair(bounds: Any) -> Bounds:

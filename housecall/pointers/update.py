@@ -21,7 +21,8 @@ __all__ = ["UpdateAnswer", "get_update"]
 
 
 class UpdateAnswer(NamedTuple):
-    """`model`: the module, home again; `left`: what epsilon the budgets of the data have left."""
+    """`model`: the module, home again; `left`: the epsilon that the budgets of the data have left, the least of them,
+    infinite if nothing was paid."""
 
     model: nn.Module
     left: float

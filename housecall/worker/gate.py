@@ -19,11 +19,12 @@ lets her work on it so.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -43,6 +44,8 @@ from .submission import Origin, Submission
 __all__ = ["Gate", "Opening", "Question", "Registered", "Uses", "Who", "counted"]
 
 log = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 _NO_LEDGER = "this worker keeps no ledger, and without one nothing private is used or leaves"
 
@@ -218,27 +221,42 @@ class Gate:
         if not decision.allowed:
             self._note("refusal", who, Label(names), "", f"{what}: {decision.text}")
             raise PolicyError(decision.text)
-        through = tuple(map(str, stages))
-        paid = []
-        for data in sources:
-            whose = (data.name,)
-            entry = Entry(
-                "run", f"{who.role} '{who.name}'", whose, pipeline=through, decision=f"{what}: {decision.text}"
-            )
-            rho = pipeline.rho(policies[data.name].release.update)
-            policy = policies[data.name]
-            paid.append(self._reserved(who, data, policy, entry, what, rho=rho) if rho else self._append(entry))
-        return stages, paid
+        said = f"{what}: {decision.text}"
+        entry = Entry("run", f"{who.role} '{who.name}'", pipeline=tuple(map(str, stages)), decision=said)
+        costs = [(data, policies[data.name], pipeline.rho(policies[data.name].release.update)) for data in sources]
+        for data, policy, rho in costs:  # so that none pays where another cannot
+            if rho:
+                self._payable(who, data, policy, what, rho)
+        return stages, [self._paid(who, data, policy, entry, what, rho) for data, policy, rho in costs]
+
+    def _paid(self, who: Who, data: Registered, policy: Policy, entry: Entry, what: str, rho: float) -> Sealed:
+        whose = msgspec.structs.replace(entry, data_sets=(data.name,))
+        return self._reserved(who, data, policy, whose, what, rho=rho) if rho else self._append(whose)
+
+    def _payable(self, who: Who, data: Registered, policy: Policy, what: str, rho: float) -> None:
+        self._spend(
+            who, data, what, "", lambda spending, content: spending.check(content, policy.budget, data.unit, 0, rho)
+        )
 
     def _reserved(self, who: Who, data: Registered, policy: Policy, entry: Entry, what: str, **cost: float) -> Sealed:
         """Spend the cost of something that is allowed, and write that down. Raises `PolicyError` or `LedgerError`."""
+
+        def reserve(spending: Spending, content: str) -> Sealed:
+            return spending.reserve(entry, content, policy.budget, data.unit, **cost)
+
+        return self._spend(who, data, what, entry.program, reserve)
+
+    def _spend(
+        self, who: Who, data: Registered, what: str, program: str, spend: Callable[[Spending, str], Answer]
+    ) -> Answer:
+        """Do something with what is spent of this data. A refusal is the policy's, and is written down."""
         if self.spending is None:
             raise LedgerError(_NO_LEDGER)
         try:
-            return self.spending.reserve(entry, data.content(), policy.budget, data.unit, **cost)
+            return spend(self.spending, data.content())
         except PolicyError as error:
             text = refused(data.name, "budget.epsilon", str(error))
-            self._note("refusal", who, Label((data.name,)), entry.program, f"{what}: {text}")
+            self._note("refusal", who, Label((data.name,)), program, f"{what}: {text}")
             raise PolicyError(text) from None
 
     def _append(self, entry: Entry) -> Sealed:
@@ -254,9 +272,10 @@ class Gate:
         self._append(entry)
 
     def left(self, paid: Sealed) -> float:
-        """What the budget of a data set has left for the data of which something was paid."""
+        """What the budget of a data set has left for the data of which something was paid; of what costs nothing there
+        is no end."""
         if self.spending is None or paid.entry.identity is msgspec.UNSET:
-            return 0.0
+            return math.inf
         (name,) = paid.entry.data_sets
         return self.spending.left(paid.entry.identity, self.policies.get(name, DENY).budget)
 
