@@ -89,8 +89,8 @@ class Histogram(Asked):
 
 class StatisticsAnswer(NamedTuple):
     """`value`: a number, or a tuple of one for each bin; noise of the Laplace distribution with this `scale` is in each
-    (its standard deviation is 1.4 times that). `epsilon` is what it cost, `left` what the data's budget has left, infinite
-    for what costs nothing."""
+    (its standard deviation is 1.4 times that). `epsilon` is what it cost, `left` what the data's budget has left,
+    infinite for what costs nothing."""
 
     value: float | tuple[float, ...]
     scale: float
