@@ -7,6 +7,7 @@ NOTE [Operators that are not sent as they come]
 `t_`, `squeeze_`, ...  become their plain forms, and the pointer then points to the result: slots are shared, so
                      a slot's own shape must not change under the others
 `item`               fetches
+`div.out`, ...       become the same without `out`, and a copy into it (`out`): the table has hardly any such form
 `copy_`              takes a local source (so `load_state_dict` works), as torch copies between devices
 `_pack_padded_sequence`  takes local lengths, and gives local batch sizes, as with CUDA: recurrent modules read them
 """
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ..errors import PlaceError, UsageError
 from ..transport.whole import whole
 from .calls import Rule, issue, item, point, session_of
+from .out import rewritten
 from .strided import dense_order, steps
 
 __all__ = ["dispatch"]
@@ -51,7 +53,7 @@ dispatch._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.comp
 
 
 def _look_up(func: Any) -> tuple[Special | None, Rule | None]:
-    special = _SPECIAL.get(func)
+    special = _SPECIAL.get(func) or rewritten(func)
     if special is not None:
         return special, None
     rule = Rule(func)
