@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,46 @@ def test_travelling_model_equals_local_training(name: str, schools: tuple[hc.Vir
     assert found == expected
     for a, b in zip(remote.parameters(), local.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+FLAGS = ("fused", "foreach", "capturable", "differentiable")
+FLAGGED = [
+    (kind, flag)
+    for kind in sorted({name.split(",")[0] for name in OPTIMIZERS})
+    for flag in FLAGS
+    if flag in inspect.signature(getattr(optim, kind)).parameters
+]
+
+
+@pytest.mark.parametrize(("kind", "flag"), FLAGGED)
+def test_what_a_setting_does_here_it_does_there(kind: str, flag: str, clinic: hc.VirtualWorker) -> None:
+    """Training equal to local, or torch's own refusal, in its own words."""
+
+    def outcome(place: hc.VirtualWorker | None) -> Any:
+        model = network()
+        try:
+            train(model, lambda p: getattr(optim, kind)(p, **{flag: True}), [place] * 4)
+        except Exception as error:
+            return type(error), str(error)
+        return model.state_dict()
+
+    expected, found = outcome(None), outcome(clinic)
+    assert isinstance(expected, tuple) == (flag in ("capturable", "differentiable"))
+    if isinstance(expected, tuple):
+        assert found == expected
+    else:
+        assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_fused_step_does_not_wait(clinic: hc.VirtualWorker) -> None:
+    model = network().send(clinic)
+    optimizer = optim.SGD(model.parameters(), lr=0.1, fused=True)
+    waits = clinic.session.waits
+    for x, y in batches(5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.send(clinic)), y.send(clinic)).backward()
+        optimizer.step()
+    assert clinic.session.waits == waits
 
 
 SCHEDULERS: dict[str, Callable[[optim.Optimizer], Any]] = {

@@ -14,7 +14,7 @@ from torch import nn
 import housecall as hc
 from housecall.owner.policy import Policy
 from housecall.pointers.out import rewritten
-from housecall.program.ops import operator, table
+from housecall.program.ops import table
 
 FIXED = settings(deadline=None, database=None, derandomize=True, max_examples=25)
 
@@ -208,17 +208,14 @@ def test_spectral_norm_trains(normed: Any, clinic: hc.VirtualWorker) -> None:
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-def test_the_table_needs_few_outs() -> None:
-    """What it has with an `out` is sent as it comes; all else that torch can write so is written in other words."""
-    with_out = [name for name in table() if any(param.writes and param.keyword for param in operator(name).params)]
-    assert sorted(with_out) == ["add.out", "maximum.out"]
-    assert rewritten(torch.ops.aten.add.out) is None
+def test_what_is_written_in_other_words() -> None:
+    """All that torch can write into `out`, as far as the table has what gives it as a result."""
     assert rewritten(torch.ops.aten.div.Tensor) is None
     assert rewritten(torch.ops.aten.from_file.out) is None  # its plain form is refused as well
     left = []
     for full in torch._C._dispatch_get_all_op_names():
         name, _, which = full.removeprefix("aten::").partition(".")
-        if full.startswith("aten::") and which.endswith("out") and f"{name}.{which}" not in table():
+        if full.startswith("aten::") and which.endswith("out"):
             packet = getattr(torch.ops.aten, name)
             known = any(f"{name}.{one}" in table() for one in packet.overloads())
             if known and rewritten(getattr(packet, which)) is None:

@@ -17,7 +17,8 @@ from housecall.errors import ProgramError, UnknownOperator
 from housecall.program import run as run_module
 from housecall.program.call import HOLE, Call, Complex, Input, Items, Program, Symbol, call_text, refs
 from housecall.program.check import check, check_call
-from housecall.program.run import Randomness, run, type_program
+from housecall.program.ops import operator, table
+from housecall.program.run import WITHOUT_META, Randomness, overload, run, type_program
 from housecall.program.typing import DTYPES, type_of
 from housecall.types import Ref, TensorType
 
@@ -470,6 +471,20 @@ def test_typing_a_huge_program_computes_nothing() -> None:
     program = Program((Input("x", 1, big),), (call("mm.default", X, Ref(2), outs=(3,)),), (("y", 3),))
     program = Program((*program.inputs, Input("w", 2, typed(1 << 20, 2))), program.calls, program.outputs)
     assert type_program(program)["y"].shape == (1 << 30, 2)
+
+
+def test_what_meta_tensors_cannot_do_types_nothing() -> None:
+    """Operators that make nothing and have no meta kernel are passed over where types are wanted."""
+    keys = torch._C.DispatchKey.Meta, torch._C.DispatchKey.CompositeExplicitAutograd
+    silent = [name for name in table() if not operator(name).returns]
+    found = {name for name in silent if not any(overload(name).has_kernel_for_dispatch_key(key) for key in keys)}  # type: ignore[attr-defined]  # an overload's
+    assert found == WITHOUT_META
+    assert all(operator(name).in_place for name in found)
+    options = {"weight_decay": 0.0, "momentum": 0.0, "lr": 0.1, "dampening": 0.0, "nesterov": False, "maximize": False}
+    step = call("_fused_sgd_.default", Items((X,)), Items((W,)), Items(()), is_first_step=True, **options)
+    inputs = Input("x", 1, typed(3), updates=True), Input("grad", 2, typed(3))
+    program = Program(inputs, (step, call("neg.default", X, outs=(3,))), (("y", 3),))
+    assert type_program(program) == {"y": typed(3)}
 
 
 def test_an_unknown_dtype_is_refused() -> None:

@@ -55,15 +55,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"mlp": mlp, "cnn": cnn, "lstm": Re
 OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "SGD": lambda p: optim.SGD(p, lr=0.05),
     "SGD, momentum": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "SGD, fused": lambda p: optim.SGD(p, lr=0.05, fused=True),
+    "SGD, momentum, fused": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, fused=True),
     "Adam": lambda p: optim.Adam(p, lr=0.01),
+    "Adam, amsgrad": lambda p: optim.Adam(p, lr=0.01, amsgrad=True),
     "Adam, amsgrad, foreach": lambda p: optim.Adam(p, lr=0.01, amsgrad=True, foreach=True),
     "Adam, fused": lambda p: optim.Adam(p, lr=0.01, fused=True),
+    "Adamax": lambda p: optim.Adamax(p),
     "RAdam": lambda p: optim.RAdam(p, lr=0.01),
     "Adagrad": lambda p: optim.Adagrad(p, lr_decay=0.1),
     "RMSprop": lambda p: optim.RMSprop(p, momentum=0.5, centered=True),
     "NAdam": lambda p: optim.NAdam(p),
     "ASGD": lambda p: optim.ASGD(p),
     "Adadelta": lambda p: optim.Adadelta(p),
+    "Rprop": lambda p: optim.Rprop(p),
 }
 
 
@@ -427,6 +432,51 @@ def test_what_needs_a_value_is_refused_at_its_line(fn: Callable[..., Any]) -> No
     assert line is not None, str(caught.value)
     assert int(line[1]) == code.co_firstlineno + 1
     assert "x" in line[2]
+
+
+STEPS: dict[str, tuple[Callable[[Any], optim.Optimizer], str]] = {
+    "Adagrad, fused": (
+        lambda p: optim.Adagrad(p, fused=True),
+        "Make the optimizer with fused=False, which does the same",
+    ),
+    "Adafactor": (optim.Adafactor, "it needs a value .*Call its step\\(\\) outside of the function"),
+    "LBFGS": (optim.LBFGS, "it needs a value .*Call its step\\(\\) outside of the function"),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_cannot_be_recorded_names_its_optimizer(name: str) -> None:
+    make, text = STEPS[name]
+    model = mlp()
+    optimizer = make(model.parameters())
+
+    def train(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            found = F.nll_loss(model(x), y)
+            found.backward()
+            return found
+
+        optimizer.step(loss)  # type: ignore[arg-type]  # torch expects a float
+
+    before = [p.clone() for p in model.parameters()]
+    state = {p: dict(kept) for p, kept in optimizer.state.items()}  # Adagrad's begins with it
+    kind = "Adagrad with fused=True" if name == "Adagrad, fused" else name
+    with pytest.raises(hc.UsageError, match=f"the step of {kind} cannot be recorded, at .*test_record.py:.*{text}"):
+        hc.record(train, model, *batches(5)[0])
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert {p: dict(kept) for p, kept in optimizer.state.items()} == state  # the same objects
+
+
+def test_a_value_that_a_closure_needs_is_the_callers_own() -> None:
+    model = mlp()
+    optimizer = optim.SGD(model.parameters())
+
+    def train(model: nn.Module, x: torch.Tensor) -> None:
+        optimizer.step(lambda: model(x).sum().item())
+
+    with pytest.raises(hc.UsageError, match=r"a value .* cannot be had while a program is recorded"):
+        hc.record(train, model, batches(5)[0][0])
 
 
 def test_a_local_tensor_is_refused_by_name() -> None:

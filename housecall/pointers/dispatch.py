@@ -7,7 +7,7 @@ NOTE [Operators that are not sent as they come]
 `t_`, `squeeze_`, ...  become their plain forms, and the pointer then points to the result: slots are shared, so
                      a slot's own shape must not change under the others
 `item`               fetches
-`div.out`, ...       become the same without `out`, and a copy into it (`out`): the table has hardly any such form
+`div.out`, ...       become the same without `out`, and a copy into it (`out`): nothing is resized
 `copy_`              takes a local source (so `load_state_dict` works), as torch copies between devices
 `_pack_padded_sequence`  takes local lengths, and gives local batch sizes, as with CUDA: recurrent modules read them
 """

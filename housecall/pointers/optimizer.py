@@ -14,16 +14,18 @@ step: a bad batch is as if it had not been, as it is in plain torch.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-from .session import Session, Site, caller
+from ..errors import UsageError
+from .session import Session, Site, caller, is_callers
 from .tensor import PointerTensor, send
 
-__all__ = ["follow", "get_state"]
+__all__ = ["check_recordable", "follow", "get_state", "stepping"]
 
 Place = Session | None
 Setter = Callable[[torch.Tensor], None]
@@ -45,12 +47,11 @@ def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = {p._slot.session for p in parameters if isinstance(p, PointerTensor)}
     _undo(optimizer)
-    counts = isinstance(optimizer, torch.optim.Adagrad)
     strays = [
         stray
         for group in optimizer.param_groups
         for p in group["params"]
-        for stray in _strays(optimizer, p, counters=counts and group["fused"])
+        for stray in _strays(optimizer, p, counters=_counts(optimizer, group))
     ]
     for session in {_place(tensor) for tensor, _, _ in strays}:
         leaving = [stray for stray in strays if _place(stray[0]) is session]
@@ -78,6 +79,31 @@ def get_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         for home, (_, holder, key) in zip(session.fetch([value._slot for value, _, _ in here]), here, strict=True):
             holder[key] = home
     return optimizer
+
+
+def check_recordable(optimizer: torch.optim.Optimizer) -> None:
+    """Raise `UsageError` for an optimizer whose step no program can say."""
+    if any(_counts(optimizer, group) for group in optimizer.param_groups):
+        raise UsageError(
+            f"the step of {type(optimizer).__name__} with fused=True cannot be recorded, at {caller()}: its kernel "
+            "counts the steps by itself. Make the optimizer with fused=False, which does the same"
+        )
+
+
+def stepping() -> torch.optim.Optimizer | None:
+    """The optimizer whose step the caller's own code is calling just now."""
+    frame = sys._getframe(1)
+    while frame is not None and not is_callers(frame.f_code.co_filename):
+        found = frame.f_locals.get("self") if frame.f_code.co_name == "step" else None
+        if isinstance(found, torch.optim.Optimizer):
+            return found
+        frame = frame.f_back  # type: ignore[assignment]  # as long as there is one
+    return None
+
+
+def _counts(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
+    """Whether the kernel of a step counts, so that the counters must be where the parameters are."""
+    return isinstance(optimizer, torch.optim.Adagrad) and bool(group["fused"])
 
 
 def _entries(holder: Any) -> Iterator[tuple[Any, Any, torch.Tensor]]:

@@ -1,8 +1,9 @@
 """Calls that write into `out=`, in other words: the call that gives the same as a result, then a copy into `out`.
 
 A worker's table has hardly any operator with an `out`, which torch would resize where it does not fit, under whoever
-shares it. So what torch asks of an `out` is asked here: of its dtype by torch itself, on meta tensors, and its shape
-must be that of the result. Autograd has refused an `out` that wants a gradient before a call comes here.
+shares it; nor may a program write so to its inputs. So what torch asks of an `out` is asked here: of its dtype by torch
+itself, on meta tensors, and its shape must be that of the result. Autograd has refused an `out` that wants a gradient
+before a call comes here.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ _GEOMETRY = frozenset({"dtype", "layout", "device", "pin_memory"})  # what an `o
 
 def rewritten(func: Any) -> Callable[..., Any] | None:
     """How to do one of torch's operators that write into `out`: a function of the pointer class, the operator and its
-    arguments. `None` for another operator, for one that a worker runs as it is, and for one whose plain form it has
-    not."""
-    if func.namespace != "aten" or _name(func) in table():
+    arguments. `None` for another operator, and for one whose plain form a worker has not."""
+    if func.namespace != "aten":
         return None
     written = [arg for arg in func._schema.arguments if _is_written(arg)]
     if not written or not all(arg.kwarg_only for arg in written):

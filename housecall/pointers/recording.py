@@ -35,6 +35,7 @@ from ..program.outcome import Spec, spec
 from ..program.typing import meta, type_of
 from ..types import Ref, TensorType
 from .adapted import adapt, restore
+from .optimizer import check_recordable
 from .session import Site, is_callers
 from .tape import Tape
 from .tensor import PointerTensor
@@ -276,6 +277,7 @@ class _Loan:
     def _adopt(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if any(optimizer is known for known in self.optimizers):
             return
+        check_recordable(optimizer)
         self.optimizers.append(optimizer)
         self.settings += settings_of([optimizer])
         for group in optimizer.param_groups:

@@ -18,6 +18,7 @@ from ..program.outcome import spec
 from ..types import TensorType
 from ..wire.messages import Message, Result
 from .calls import Rule, issue, point
+from .optimizer import stepping
 from .session import Session, Site, Slot, caller
 from .tensor import PointerTensor
 
@@ -118,6 +119,13 @@ class Tape(Session):
         self._refuse("a shape")
 
     def _refuse(self, what: str) -> NoReturn:
+        stepped = stepping()
+        if stepped is not None:
+            raise UsageError(
+                f"the step of {type(stepped).__name__} cannot be recorded, at {caller()}: it needs {what}, and there "
+                "are no values while a program is recorded. Call its step() outside of the function, after the run, or "
+                "take another optimizer"
+            )
         raise UsageError(
             f"{what} cannot be had while a program is recorded, since there are no values: at {caller()}. Say it with "
             "operators (`torch.where` in place of a branch), or do it after the run, with what the function returns"

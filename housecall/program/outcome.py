@@ -83,6 +83,8 @@ def infer(rules: Operator, function: Any, args: Any, kwargs: Any) -> Outcome:
         with warnings.catch_warnings(), computing():
             warnings.simplefilter("ignore")  # the kernel says it again, if it runs
             result = function(*args, **kwargs)
+    except NotImplementedError:  # torch has no meta kernel: one that makes nothing needs none
+        return UNTYPED if rules.returns else Outcome(())
     except Exception:  # whatever meta tensors cannot do, the worker is asked
         return UNTYPED
     return expected(rules, result)

@@ -24,6 +24,7 @@ from .ops import Return, operator
 from .typing import meta, symbol, type_of
 
 __all__ = [
+    "WITHOUT_META",
     "Randomness",
     "arguments_of",
     "computing",
@@ -36,6 +37,18 @@ __all__ = [
 ]
 
 Values = MutableMapping[int, Any]
+
+# Operators that make nothing, only change elements, and have no kernel for meta tensors, which have none.
+WITHOUT_META = frozenset(
+    {
+        "_fused_adagrad_.default",
+        "_fused_adagrad_.tensor_lr",
+        "_fused_adam_.tensor_lr",
+        "_fused_adamw_.tensor_lr",
+        "_fused_sgd_.default",
+        "_fused_sgd_.tensor_lr",
+    }
+)
 
 
 def overload(name: str) -> Callable[..., Any]:
@@ -250,6 +263,8 @@ def last_uses(program: Program) -> dict[int, list[int]]:
 
 def type_program(program: Program) -> dict[str, TensorType]:
     """The types of a program's outputs, found by running it on meta tensors: nothing is computed."""
+    calls = tuple([call for call in program.calls if call.op not in WITHOUT_META])
+    program = msgspec.structs.replace(program, calls=calls)
     inputs = {item.name: meta(item.type) for item in program.inputs}
     numbers = {name: 0.0 for name, _ in program.numbers}
     types = {name: type_of(value) for name, value in run(program, inputs, None, numbers).items()}
