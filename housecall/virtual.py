@@ -81,6 +81,15 @@ class VirtualWorker(Location):
         self.worker.catalogue.register(name, columns, tags, description, replace=replace, **options)
         policies.register(name, rules)
 
+    def remove(self, name: str) -> None:
+        """Remove a data set of the worker's owner, and its policy. Raises `DataError` if there is none of this name.
+
+        A session that holds something of it may go on computing with it; nothing of it leaves the worker any more,
+        whatever is registered under this name later. What was spent of its budget stays spent: it belongs to the data.
+        """
+        self.worker.catalogue.remove(name)
+        self.owner.policies.forget(name, "its data set was removed")
+
     @property
     def _objects(self) -> dict[int, torch.Tensor]:
         """What the worker holds for this session, by id. Waits until it has done what was asked so far."""

@@ -246,11 +246,60 @@ def test_data_of_the_same_schema_may_come_between_search_and_use(clinic: hc.Virt
 
 
 def test_removed_data_is_gone_for_sessions_too(clinic: hc.VirtualWorker) -> None:
-    total = clinic.dataset("heart").column("x").sum()
+    found = clinic.dataset("heart")
+    total = found.column("x").sum()
     clinic.session.wait()
-    clinic.worker.catalogue.remove("heart")
+    clinic.remove("heart")
+    assert clinic.search() == []
+    for late in (total, total * 2, found.column("y")):
+        with pytest.raises(hc.HousecallError, match=GONE):
+            late.get()
+    clinic.clear()
+    with pytest.raises(hc.OperatorError, match="there is no data set 'heart'"):
+        clinic.dataset("heart")
+
+
+def test_data_that_was_removed_between_search_and_use(clinic: hc.VirtualWorker) -> None:
+    found = clinic.dataset("heart")
+    clinic.remove("heart")
+    with pytest.raises(hc.OperatorError, match="data set 'heart' does not let 'me' work on it"):
+        found.column("x").sum().get()
+
+
+def test_what_is_removed_may_be_added_anew(clinic: hc.VirtualWorker) -> None:
+    kept = clinic.dataset("heart").column("x") * 1
+    clinic.session.wait()
+    clinic.remove("heart")
+    clinic.add("heart", x=X * 2, y=Y)  # its rules do not come back with the name
     with pytest.raises(hc.PolicyError, match=GONE):
-        total.get()
+        kept.get()
+    del kept
+    with pytest.raises(hc.OperatorError, match="does not let 'me' work on it"):
+        clinic.dataset("heart").column("x").sum().get()
+    clinic.add("heart", x=X * 2, y=Y, policy=OPEN, replace=True)
+    assert clinic.dataset("heart").column("x").sum().get() == X.sum() * 2
+
+
+def test_that_data_was_removed_is_in_the_ledger(clinic: hc.VirtualWorker) -> None:
+    before = len(list(clinic.owner.ledger.entries()))
+    clinic.remove("heart")
+    (last,) = list(clinic.owner.ledger.entries())[before:]
+    assert (last.entry.kind, last.entry.data_sets) == ("policy", ("heart",))
+    assert last.entry.decision == "nothing is permitted any more: its data set was removed"
+    with pytest.raises(hc.DataError, match="no data set 'heart'"):
+        clinic.remove("heart")
+    clinic.add("closed", x=X)  # without a policy
+    clinic.remove("closed")
+    assert len(list(clinic.owner.ledger.entries())) == before + 1
+
+
+def test_what_was_spent_of_data_stays_spent_when_it_is_removed(clinic: hc.VirtualWorker) -> None:
+    rules = Policy(use=hc.Use(statistics=("me",)), release=hc.Release(statistics=True), budget=Budget(epsilon=1.0))
+    clinic.add("ages", x=X[:, 0].clone(), policy=rules)
+    assert clinic.dataset("ages").statistics(hc.Count("x", 0, 20), epsilon=0.75).left == 0.25
+    clinic.remove("ages")
+    clinic.add("years", x=X[:, 0].clone(), policy=rules)
+    assert clinic.dataset("years").statistics(hc.Count("x", 0, 20), epsilon=0.25).left == 0
 
 
 def test_other_data_without_a_policy_is_closed(clinic: hc.VirtualWorker) -> None:

@@ -166,10 +166,12 @@ class Policies(Mapping[str, Policy]):
                 self._changed(Turn(name, old, policy, _digest(policy.text().encode())))
             self._registered[name] = policy
 
-    def forget(self, name: str) -> None:
-        """Remove what was registered."""
+    def forget(self, name: str, why: str = "") -> None:
+        """Remove what was registered. `changed` is told of it where there is a reason: else another follows."""
         with self._lock:
-            self._registered.pop(name, None)
+            old = self._registered.pop(name, DENY)
+            if why and old != DENY:
+                self._lost(name, old, why)
 
     def why(self, name: str) -> str:
         """Why nothing is permitted, for the owner; empty if the data set's policy holds."""
