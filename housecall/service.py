@@ -6,6 +6,11 @@
 `housecall worker up` runs one in the foreground, `LocalCluster` some in the background; `python -m housecall.service
 FOLDER` is what both start. SIGTERM and Ctrl-C drain it: no new sessions, what has come is done and answered.
 Its process enters the sandbox first (`confine`), and starts itself anew for that if it was not born clean.
+
+NOTE [Told twice]
+Whoever says it a second time does not want to wait. But a process that has a parent may be told twice of one thing:
+systemd sends SIGTERM to every process of a unit, and the parent passes on its own. So there only SIGINT is a second
+time, and the parent sends that if it is told twice itself (`supervise`).
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -321,10 +326,17 @@ def _memory_mb(config: Config) -> int:
 def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain. With `parent`, also until that process is gone.
 
-    If an operation is still under way when that has taken its time, the process ends here and now, with status 1."""
-    stop = threading.Event()
+    If an operation is still under way when that has taken its time, or it is told once more meanwhile, the process ends
+    here and now, with status 1."""
+    stop, again = threading.Event(), threading.Event()
+
+    def told(number: int, frame: object) -> None:
+        if stop.is_set() and (number == signal.SIGINT or not parent):  # see NOTE [Told twice]
+            again.set()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, told)
     service.write_status()
     announce(json.dumps({"worker": service.config.name, "address": str(service.address), "pid": os.getpid()}))
     while not stop.wait(1.0):
@@ -332,11 +344,30 @@ def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -
         service.notice()
         if parent and os.getppid() != parent:
             break
+    log.info(
+        "draining: what has come is done and answered, for up to %g s; told once more to end, it does so at once",
+        service.config.drain_s,
+    )
+    threading.Thread(target=_end_if_told, args=(service, again), name="housecall-again", daemon=True).start()
     service.close()
     if not service.ended:
         log.error("an operation is under way and cannot be stopped: the process ends without it")
-        logging.shutdown()
-        os._exit(1)
+        _end_now()
+
+
+def _end_if_told(service: Service, again: threading.Event) -> None:
+    """Not in the signal's handler, which may stand in the middle of a line of the log."""
+    again.wait()
+    waiting = sum(len(seat.inbox) for seat in service.host.seats)
+    log.error("told once more to end: the process ends now; of what had come, %d frames wait and are not done", waiting)
+    with contextlib.suppress(OSError):
+        (service.folder / STATUS_FILE).unlink()
+    _end_now()
+
+
+def _end_now() -> NoReturn:
+    logging.shutdown()
+    os._exit(1)
 
 
 def keep_memory() -> None:

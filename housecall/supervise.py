@@ -40,7 +40,8 @@ def supervise(
 ) -> int:
     """Run `command(restarts, how the last one died)` until it ends by itself or is told to; the status to exit with.
 
-    Call it on the main thread: SIGTERM, SIGINT and SIGHUP are for the child from then on, as SIGTERM."""
+    Call it on the main thread: SIGTERM, SIGINT and SIGHUP are for the child from then on, as SIGTERM. A second SIGTERM
+    or SIGINT is, as SIGINT: the child then ends at once."""
     child = _Child(environment)
     restarts, quick, died = 0, 0, ""
     while True:
@@ -100,7 +101,8 @@ class _Child:
                 self._process = None
 
     def _told(self, number: int, frame: FrameType | None) -> None:
+        again = self.stopping.is_set() and number != signal.SIGHUP  # a terminal that is closed may say that twice
         self.stopping.set()
         process = self._process
         if process is not None:
-            process.terminate()
+            process.send_signal(signal.SIGINT if again else signal.SIGTERM)

@@ -101,6 +101,32 @@ def test_signals_are_passed_on_and_end_it(tmp_path: Path, number: signal.Signals
     assert len(parent.starts(2)) == 2
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_who_is_told_twice_says_so_by_another_signal(tmp_path: Path, second: signal.Signals) -> None:
+    """But for a terminal that is closed, which may say so twice."""
+    child = """
+def told(number, frame):
+    with open(sys.argv[1], "a") as file:
+        file.write(signal.Signals(number).name + chr(10))
+    if sys.argv.append(number) or len(sys.argv) == 6:
+        sys.exit(0)
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, told)
+with open(sys.argv[1], "a") as file:
+    file.write("up" + chr(10))
+while True:
+    time.sleep(60)
+"""
+    parent = Parent(tmp_path, child)
+    parent.starts(2)
+    parent.process.send_signal(second)
+    parent.starts(3)
+    parent.process.send_signal(second)
+    assert parent.ends()[0] == 0
+    again = "SIGTERM" if second is signal.SIGHUP else "SIGINT"
+    assert parent.starts(4)[1:] == ["up", "SIGTERM", again]
+
+
 # -- `housecall worker up` --------------------------------------------------------------------------------
 
 
@@ -155,6 +181,68 @@ def test_who_kills_the_parent_ends_the_worker(folder: Path, running: subprocess.
     while read_status(folder) is not None:
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def log_of(folder: Path) -> str:
+    return (folder.parent / "up.log").read_text()
+
+
+def until_it_says(folder: Path, text: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while text not in log_of(folder):
+        assert time.monotonic() < end, log_of(folder)
+        time.sleep(0.01)
+
+
+def busy(folder: Path, address: str, calls: int, size: int) -> Any:
+    """The client of a worker that has so many large products to make, and has begun to."""
+    clinic = hc.connect(f"grpc://{address}")
+    x: Any = hc.send(torch.ones(size, size), clinic)
+    for _ in range(calls):
+        torch.mm(x, x)
+    clinic.session.flush()
+    end = time.monotonic() + PATIENCE
+    while not (read_status(folder) or {"busy_s": 0})["busy_s"]:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    return clinic
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("options", [(), ("--once",)], ids=["with a parent", "once"])
+def test_who_says_it_twice_does_not_wait(folder: Path, options: tuple[str, ...], number: signal.Signals) -> None:
+    """The drain would take minutes, and may take an hour."""
+    (folder / "worker.toml").write_text('name = "clinic"\nlisten = "127.0.0.1:0"\ndrain_s = 3600\n')
+    process = up(folder, *options)
+    try:
+        clinic = busy(folder, said(folder, 0)["address"], calls=60, size=4000)
+        process.send_signal(number)
+        until_it_says(folder, "draining: what has come is done and answered, for up to 3600 s; told once more")
+        assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == 1
+    finally:
+        process.kill()
+        process.wait()
+    clinic.close()
+    log = log_of(folder)
+    assert log.count("told once more to end: the process ends now; of what had come,") == 1
+    assert "Traceback" not in log
+    assert read_status(folder) is None
+    let_go(hold(folder))
+
+
+def test_a_process_with_a_parent_may_be_told_of_one_end_by_two(folder: Path) -> None:
+    """As systemd does it: every process of a unit is told, and the parent passes on what it is told."""
+    process = up(folder)
+    clinic = busy(folder, said(folder, 0)["address"], calls=20, size=1000)
+    os.kill(said(folder, 0)["pid"], signal.SIGTERM)
+    until_it_says(folder, "draining")
+    process.terminate()
+    assert process.wait(PATIENCE) == 0
+    assert "the process ends now" not in log_of(folder)
+    assert "cut" not in log_of(folder)  # what had come was done
+    clinic.close()
 
 
 def test_trouble_of_its_owners_is_a_message_and_not_tried_again(folder: Path) -> None:

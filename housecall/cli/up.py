@@ -39,7 +39,8 @@ def up(
     restarts: Annotated[int, typer.Option(hidden=True)] = 0,
     died: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Run the worker until Ctrl-C; then what has come is done and answered. If it dies, it is started anew."""
+    """Run the worker until Ctrl-C; then what has come is done and answered: a second Ctrl-C ends it at once. If it
+    dies, it is started anew."""
     place, where = worker_folder(folder).resolve(), _address(metrics)
     write_logs()
     if not once and sys.executable and sys.orig_argv:
@@ -108,7 +109,7 @@ def _described(service: Service) -> str:
         f"data sets   {', '.join(service.catalogue.names()) or 'none yet: housecall worker add'}",
         f"sandbox     {_sandbox(service)}",
         f"keeps       a session whose client is gone for {service.config.lease_s:g} s",
-        "Ctrl-C ends it; `housecall worker status` in another terminal shows its sessions",
+        "Ctrl-C ends it, a second one at once; `housecall worker status` in another terminal shows its sessions",
     ]
     return "\n".join(lines)
 
