@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -29,6 +30,8 @@ from housecall.identity.enrolment import EnrolmentServer
 from housecall.metrics import serve_metrics
 from housecall.owner.approvals import Requests
 from housecall.owner.ledger import Account
+from housecall.owner.policies import POLICY_FOLDER, draft, sign
+from housecall.owner.policy import Budget, Policy
 from housecall.owner.signing import PUBLIC_FILE, OwnerKey
 from housecall.service import STATUS_FILE, Service
 from housecall.transport.grpc import Address, address, dial, is_loopback
@@ -69,6 +72,36 @@ def test_what_the_owner_answers_is_in_the_ledger_though_nobody_asks(service: Ser
     (sealed,) = Account(folder).entries()
     assert sealed.entry.kind == "approval"
     assert f"request {made.id}: once until" in sealed.entry.decision
+
+
+def test_a_policy_that_is_edited_closes_its_data_to_sessions_until_it_is_signed(service: Service, folder: Path) -> None:
+    """From the next frame on; and they open again once the data set is looked up anew."""
+    key = OwnerKey.load(folder)
+
+    def write(policy: Policy) -> None:
+        (folder / POLICY_FOLDER).mkdir(exist_ok=True)
+        (folder / POLICY_FOLDER / "heart.toml").write_text(policy.text())
+
+    service.catalogue.add("heart", {"x": torch.ones(3)})
+    write(Policy.open_to("anonymous"))
+    sign(folder, draft(folder, "heart", key.public), key)
+    with hc.connect(f"grpc://{service.address}") as clinic:
+        x = clinic.dataset("heart").column("x")
+        before = x + 1
+        assert before.copy().get().tolist() == [2.0] * 3
+        write(msgspec.structs.replace(Policy.open_to("anonymous"), budget=Budget(epsilon=1.0)))
+        for late in (x, before):
+            with pytest.raises(hc.OperatorError, match="'heart' does not let 'anonymous' work on it with pointers"):
+                (late * 2).get()
+            with pytest.raises(hc.PolicyError, match="'heart'"):
+                late.get()
+        own = torch.ones(2).send(clinic)
+        assert (own * 2).get().tolist() == [2.0, 2.0]  # the session goes on
+        sign(folder, draft(folder, "heart", key.public), key)
+        with pytest.raises(hc.OperatorError, match="work on it with pointers"):
+            (x - before).get()
+        again = clinic.dataset("heart").column("x")
+        assert (again + x + before).get().tolist() == [4.0] * 3
 
 
 def test_what_it_says_of_itself_is_read_by_the_command(service: Service, folder: Path) -> None:
