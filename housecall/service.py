@@ -43,7 +43,7 @@ from .identity.certificate import FILE, Principal, principal, server_credentials
 from .identity.enrolment import authority_url
 from .identity.keeper import Keeper
 from .identity.names import target
-from .identity.revocation import Revocations
+from .identity.revocation import Revocations, watch
 from .logs import write_logs
 from .owned.catalogue import Catalogue
 from .owner.approvals import REQUEST_FOLDERS
@@ -110,7 +110,7 @@ class Service:
         config = self.config
         self.catalogue = Catalogue(self.folder)
         self.started = time.time()
-        self._closing = threading.Event()
+        self._closing, self._closed = threading.Event(), threading.Event()
         host, _, port = (listen or config.listen).rpartition(":")
         where = Address(host.strip("[]"), int(port), secure=not plaintext)
         torch.set_num_threads(self.threads)
@@ -127,6 +127,8 @@ class Service:
         try:
             self._listener = self._listening(where)
         except BaseException:
+            self._closing.set()
+            self._closed.set()
             self.host.close()
             raise
 
@@ -145,7 +147,11 @@ class Service:
             raise IdentityError(f"no {FILE} in {keys}: `housecall ca join INVITATION --out {keys}` makes one")
         keeper = self._keeper = Keeper(keys, url=self.config.identity.ca_url)
         lists = [Revocations(path, keeper.current().ca) for path in self.config.revocation_lists(self.folder)]
-        threading.Thread(target=keeper.run, args=(self._closing,), name="housecall-keeper", daemon=True).start()
+        for name, run, args in (
+            ("keeper", keeper.run, (self._closing,)),
+            ("revocations", watch, (lists, self._closed)),
+        ):
+            threading.Thread(target=run, args=args, name=f"housecall-{name}", daemon=True).start()
 
         def standing(who: Principal) -> Standing:
             if any(one.revoked(who.serial) for one in lists):
@@ -246,6 +252,7 @@ class Service:
         done = self.host.drain(self.config.drain_s if drain_s is None else drain_s)
         self.ended = self.host.turns.close(0)
         self._listener.close(grace=GRACE_S)
+        self._closed.set()  # until here, who is revoked was cut
         with contextlib.suppress(OSError):
             (self.folder / STATUS_FILE).unlink()
         ledger = self.host.worker.gate.ledger
@@ -257,6 +264,11 @@ class Service:
             self._let_go = True
             let_go(self._lock)
         return done
+
+
+def _beside(name: str, work: Callable[..., None], *args: Any) -> None:
+    """Have something done on a thread of its own."""
+    threading.Thread(target=work, args=args, name=f"housecall-{name}", daemon=True).start()
 
 
 def _gate(folder: Path) -> Gate:
@@ -348,7 +360,7 @@ def run(service: Service, announce: Callable[[str], None], *, parent: int = 0) -
         "draining: what has come is done and answered, for up to %g s; told once more to end, it does so at once",
         service.config.drain_s,
     )
-    threading.Thread(target=_end_if_told, args=(service, again), name="housecall-again", daemon=True).start()
+    _beside("again", _end_if_told, service, again)
     service.close()
     if not service.ended:
         log.error("an operation is under way and cannot be stopped: the process ends without it")

@@ -50,7 +50,7 @@ from housecall.identity.enrolment import EnrolmentServer, Failures, authority_ur
 from housecall.identity.invitation import Invitation
 from housecall.identity.keeper import Keeper
 from housecall.identity.names import AUTHORITY, AUTHORITY_HOST, check_hosts, check_name, check_role, target
-from housecall.identity.revocation import Revocations, read_crl
+from housecall.identity.revocation import Crl, Revocations, read_crl, watch
 
 HOSTS = ("localhost", "127.0.0.1")
 PEM = serialization.Encoding.PEM
@@ -717,32 +717,67 @@ def test_a_lost_or_old_list_is_made_anew(authority: Authority) -> None:
 @pytest.fixture
 def listed(authority: Authority, clock: Clock) -> tuple[Revocations, Path]:
     path = authority.folder / "crl.pem"
-    return Revocations(path, authority.ca, clock=clock.monotonic, now=clock), path
+    return Revocations(path, authority.ca, now=clock), path
 
 
-def test_revocation_takes_effect_without_restart(
-    authority: Authority, listed: tuple[Revocations, Path], clock: Clock
-) -> None:
+def test_revocation_takes_effect_without_restart(authority: Authority, listed: tuple[Revocations, Path]) -> None:
     revocations, _ = listed
     alice, bob = authority.identity("alice", "scientist"), authority.identity("bob", "scientist")
     assert not revocations.revoked(alice.serial)
     authority.revoke("alice")
-    clock.skip(seconds=0.4)
-    assert not revocations.revoked(alice.serial)  # the file is not looked at so often
-    clock.skip(seconds=0.2)
+    assert not revocations.revoked(alice.serial)  # who asks does not look
+    revocations.look()
     assert revocations.revoked(alice.serial)
     assert not revocations.revoked(bob.serial)
 
 
-def test_asking_often_looks_seldom(
-    listed: tuple[Revocations, Path], clock: Clock, monkeypatch: pytest.MonkeyPatch
+def long_list(authority: Authority, count: int) -> bytes:
+    """A list of the authority's with so many numbers, the last of them `count`."""
+    key = load_private_key((authority.folder / "ca.key").read_bytes())
+    now = utc_now()
+    revoked = [x509.RevokedCertificateBuilder(number, now).build() for number in range(1, count + 1)]
+    dates = now, now + timedelta(days=7)
+    made = x509.CertificateRevocationListBuilder(parsed(authority).subject, *dates, [], revoked)
+    return made.add_extension(x509.CRLNumber(1000 + count), critical=False).sign(key, hashes.SHA256()).public_bytes(PEM)
+
+
+def test_a_long_list_is_read_once_for_each_change(
+    authority: Authority, listed: tuple[Revocations, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    revocations, _ = listed
-    looks = []
-    monkeypatch.setattr(revocations, "_look", lambda: looks.append(clock.seconds))
-    for _ in range(100):
-        revocations.revoked(1)
-    assert looks == []
+    revocations, path = listed
+    reads = []
+
+    def counted(pem: bytes, ca: x509.Certificate) -> Crl:
+        reads.append(len(pem))
+        return read_crl(pem, ca)
+
+    monkeypatch.setattr("housecall.identity.revocation.read_crl", counted)
+    for count in (100_000, 100_001):
+        files.replace(path, long_list(authority, count))
+        for _ in range(5):
+            revocations.look()
+            assert revocations.revoked(count)
+            assert not revocations.revoked(count + 1)
+    assert len(reads) == 2
+    assert min(reads) > 2_000_000
+
+
+def test_the_watch_goes_on_whatever_happens(
+    listed: tuple[Revocations, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    revocations, path = listed
+    looks, stop = [], threading.Event()
+
+    def fail() -> None:
+        looks.append(True)
+        if len(looks) == 3:
+            stop.set()
+        raise MemoryError
+
+    monkeypatch.setattr(revocations, "look", fail)
+    watch([revocations], stop, every=0.001)
+    assert len(looks) == 3
+    assert f"the revocation list {path} could not be looked at; it is tried again" in caplog.text
 
 
 def bent(pem: bytes) -> bytes:
@@ -766,7 +801,7 @@ def test_a_list_that_cannot_be_believed_changes_nothing(
     first = path.read_bytes()
     alice = authority.identity("alice", "scientist")
     authority.revoke("alice")
-    clock.skip(seconds=1)
+    revocations.look()
     assert revocations.revoked(alice.serial)
     sound = path.read_bytes()
     bad = {
@@ -780,13 +815,13 @@ def test_a_list_that_cannot_be_believed_changes_nothing(
     path.unlink() if harm == "gone" else files.replace(path, bad[harm])
     caplog.clear()
     for _ in range(3):
-        clock.skip(seconds=1)
+        revocations.look()
         assert revocations.revoked(alice.serial)
-    assert len(caplog.records) == 1  # said once, not at every frame
+    assert len(caplog.records) == 1  # said once, not at every look
     assert "stays in force" in caplog.text
     bob = authority.identity("bob", "scientist")
     authority.revoke("bob")
-    clock.skip(seconds=1)
+    revocations.look()
     assert revocations.revoked(bob.serial)
     assert revocations.revoked(alice.serial)
 
@@ -795,12 +830,13 @@ def test_at_the_start_there_is_a_sound_list_or_none(
     authority: Authority, stranger: Authority, clock: Clock, tmp_path: Path
 ) -> None:
     path = tmp_path / "crl.pem"
-    revocations = Revocations(path, authority.ca, clock=clock.monotonic)
+    revocations = Revocations(path, authority.ca)
     alice = authority.identity("alice", "scientist")
     authority.revoke("alice")
+    revocations.look()
     assert not revocations.revoked(alice.serial)
     path.write_bytes(authority.crl())
-    clock.skip(seconds=1)
+    revocations.look()
     assert revocations.revoked(alice.serial)
     for bad in (b"", stranger.crl(), bent(authority.crl())):
         path.write_bytes(bad)
@@ -814,10 +850,11 @@ def test_an_outdated_list_is_kept_and_told(
     revocations, _ = listed
     alice = authority.identity("alice", "scientist")
     authority.revoke("alice")
-    clock.skip(seconds=1)
+    revocations.look()
     assert revocations.revoked(alice.serial)
     for _ in range(3):
         clock.skip(days=8)
+        revocations.look()
         assert revocations.revoked(alice.serial)
     assert len(caplog.records) == 1
     assert "was good until" in caplog.text
@@ -1349,7 +1386,7 @@ def test_the_keeper_fetches_the_list(kept: Kept, authority: Authority, clock: Cl
     path = kept.folder / "crl.pem"
     kept.keeper.tend()
     assert path.read_bytes() == authority.crl()
-    revocations = Revocations(path, authority.ca, clock=clock.monotonic, now=clock)
+    revocations = Revocations(path, authority.ca, now=clock)
     alice = authority.identity("alice", "scientist")
     old = authority.crl()
     authority.revoke("alice")
@@ -1357,6 +1394,7 @@ def test_the_keeper_fetches_the_list(kept: Kept, authority: Authority, clock: Cl
     assert kept.fetches == 1  # not so often
     clock.skip(minutes=1)
     kept.keeper.tend()
+    revocations.look()
     assert revocations.revoked(alice.serial)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(authority, "crl", lambda: old)

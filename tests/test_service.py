@@ -27,6 +27,7 @@ from housecall.host.config import Config
 from housecall.identity.authority import Authority
 from housecall.identity.certificate import Identity, utc_now
 from housecall.identity.enrolment import EnrolmentServer
+from housecall.identity.revocation import read_crl
 from housecall.metrics import serve_metrics
 from housecall.owner.approvals import Requests
 from housecall.owner.ledger import Account
@@ -240,6 +241,36 @@ def test_who_is_revoked_is_cut_without_a_restart_though_idle(folder: Path, autho
         assert y.get().tolist() == [1.0] * 3
     with pytest.raises(hc.WorkerGone, match="revoked"):
         hc.connect(f"grpcs://{service.address}", alice)
+    service.close(1)
+
+
+def test_turns_go_on_while_a_list_is_read(folder: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reading stops in the middle until this test lets it go on; so long the last list holds."""
+    service = secured(folder, authority)
+    alice = authority.identity("alice", "scientist")
+    reading, may = threading.Event(), threading.Event()
+    readers = []
+
+    def held(pem: bytes, ca: object) -> object:
+        readers.append(threading.current_thread().name)
+        reading.set()
+        assert may.wait(60)
+        return read_crl(pem, ca)  # type: ignore[arg-type]  # it is a certificate
+
+    monkeypatch.setattr("housecall.identity.revocation.read_crl", held)
+    with hc.connect(f"grpcs://{service.address}", alice) as clinic:
+        authority.revoke("alice")
+        shutil.copy(authority.folder / "crl.pem", folder / "identity" / "crl.pem")
+        assert reading.wait(60)
+        for _ in range(3):
+            assert torch.ones(2).send(clinic).add_(1).get().tolist() == [2.0, 2.0]
+        with hc.connect(f"grpcs://{service.address}", alice) as another:
+            assert torch.ones(2).send(another).get().tolist() == [1.0, 1.0]
+        (seat,) = service.host.seats
+        may.set()
+        with seat.changed:
+            assert seat.changed.wait_for(lambda: seat.end is not None, 60)
+    assert readers == ["housecall-revocations"]
     service.close(1)
 
 
