@@ -46,10 +46,12 @@ from .identity.names import target
 from .identity.revocation import Revocations, watch
 from .logs import write_logs
 from .owned.catalogue import Catalogue
+from .owned.description import unit_trouble
 from .owner.approvals import REQUEST_FOLDERS
 from .owner.files import make_folder
 from .owner.journal import LEDGER_FOLDER
 from .owner.policies import POLICY_FOLDER
+from .owner.policy import DENY
 from .owner.signing import KEY_FILE, PUBLIC_FILE
 from .sandbox.environment import begin_again
 from .sandbox.limits import most_memory_mb
@@ -125,12 +127,20 @@ class Service:
             seats_each=config.limits.sessions,
         )
         try:
+            self._say_units()
             self._listener = self._listening(where)
         except BaseException:
             self._closing.set()
             self._closed.set()
             self.host.close()
             raise
+
+    def _say_units(self) -> None:
+        """Say in the log which budgets pay for nothing, since their data protects another unit."""
+        policies = self.host.worker.gate.policies
+        for owned in self.catalogue.search():
+            if trouble := unit_trouble(owned, policies.get(owned.name, DENY)):
+                log.warning("%s", trouble)
 
     @property
     def address(self) -> Address:

@@ -25,6 +25,7 @@ from housecall.owned.catalogue import Catalogue
 from housecall.owner.policies import POLICY_FOLDER, standing
 from housecall.owner.policy import Budget, Policy
 from housecall.owner.signing import public_key
+from housecall.service import Service
 
 
 def run(*arguments: str | Path, fails: bool = False, answer: str | None = None) -> str:
@@ -308,6 +309,25 @@ def test_a_budget_by_record_is_not_signed_for_data_by_person(visits: Path) -> No
     assert "'visits' protects persons" in str(result.exception)
     policy.write_text(Policy(budget=Budget(epsilon=1.0, unit="person")).text())
     assert CliRunner().invoke(policies, ["sign", "visits", "--yes"]).exit_code == 0
+
+
+def test_a_budget_that_does_not_fit_its_data_is_said(visits: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever an owner looks: when she signs, checks policies, checks data, and when the worker starts."""
+    run("add", "visits", "visits.csv", *TABLE)
+    (visits / POLICY_FOLDER).mkdir(exist_ok=True)
+    policy = visits / POLICY_FOLDER / "visits.toml"
+    for unit, fits in (("person", False), ("record", True)):
+        policy.write_text(Policy(budget=Budget(epsilon=1.0, unit=unit)).text())  # type: ignore[arg-type]  # one of the two
+        signed = CliRunner().invoke(policies, ["sign", "visits", "--yes"])
+        checked = CliRunner().invoke(policies, ["check"])
+        whole = run("check")
+        caplog.clear()
+        Service(visits, listen="127.0.0.1:0", plaintext=True).close(1)
+        for text in (signed.output, checked.output, whole, caplog.text):
+            assert ("'visits' protects records, and the budget of its policy counts by person" in text) != fits
+        assert checked.exit_code == (0 if fits else 1)
+        assert ("ITS BUDGET PAYS FOR NOTHING" in checked.output) != fits
+        assert whole.startswith("visits: whole\n")
 
 
 def test_what_is_left_out_and_what_is_wide_is_said(clinic: Path) -> None:

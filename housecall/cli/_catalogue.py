@@ -20,10 +20,12 @@ from rich.table import Table
 
 from ..errors import DataError, UsageError
 from ..owned.catalogue import Catalogue, Owned
+from ..owned.description import unit_trouble
 from ..owned.mocks import Fakes, Range
 from ..owned.readers.files import read
 from ..owned.readers.records import Records, Request
-from ..owner.policies import POLICY_FOLDER
+from ..owner.policies import POLICY_FOLDER, standing
+from ..owner.signing import PUBLIC_FILE, public_key
 
 __all__ = ["Addition", "Mock", "discard", "show", "store", "verify"]
 
@@ -187,8 +189,9 @@ def discard(folder: Path, name: str, *, ask: bool) -> bool:
 
 
 def verify(folder: Path, names: Sequence[str]) -> bool:
-    """Check these data sets, or all. Whether all are whole."""
+    """Check these data sets, or all, and say whose policy has a budget that does not fit. Whether all are whole."""
     catalogue = Catalogue(folder)
+    public = public_key(folder) if (folder / PUBLIC_FILE).exists() else b""
     damaged = catalogue.damaged()
     whole = True
     for name in names or sorted((*catalogue.names(), *damaged)):
@@ -197,6 +200,8 @@ def verify(folder: Path, names: Sequence[str]) -> bool:
                 raise DataError(damaged[name])
             catalogue.check(name)
             typer.echo(f"{name}: whole")
+            if trouble := unit_trouble(catalogue.owned(name), standing(folder, name, public)[0]):
+                typer.secho(f"{name}: {trouble}", err=True, fg="yellow")
         except DataError as error:
             whole = False
             typer.secho(f"{name}: {error}", err=True, fg="red")

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import PolicyError
 from ..owner.change import changes, warnings
 from ..owner.policies import POLICY_FOLDER, draft, policy_names, standing
 from ..owner.policies import sign as put_in_force
@@ -28,7 +29,8 @@ def check(
     names: Annotated[list[str] | None, typer.Argument(help="Data sets.", show_default="all with a policy")] = None,
     folder: Folder = None,
 ) -> None:
-    """Say whether policies are well-formed, signed and not over, and what is loose. Fails if one does not hold."""
+    """Say whether policies are well-formed, signed and not over, whether their budgets fit the data, and what is loose.
+    Fails if one does not hold."""
     place = worker_folder(folder)
     whole = True
     for name in names or policy_names(place):
@@ -40,7 +42,10 @@ def check(
         typer.echo(f"{name}: version {policy.version} is in force")
         for warning in warnings(policy, _now()):
             typer.secho(f"  note: {warning}", fg="yellow")
-        whole = whole and not _over(policy)
+        trouble = _unit_trouble(place, name, policy)
+        if trouble:
+            typer.secho(f"  ITS BUDGET PAYS FOR NOTHING: {trouble}", err=True, fg="red")
+        whole = whole and not trouble and not _over(policy)
     if not whole:
         raise typer.Exit(1)
 
@@ -104,7 +109,7 @@ def sign(
         typer.secho(f"  {change}", fg="red" if change.loosens else "green")
     if not found:
         typer.echo("  permits the same as before")
-    for warning in warnings(made.policy, _now()):
+    for warning in filter(None, (*warnings(made.policy, _now()), _unit_trouble(place, name, made.policy))):
         typer.secho(f"  note: {warning}", fg="yellow")
     looser = any(change.loosens for change in found)
     if not yes and not typer.confirm("It permits MORE than before. Sign it?" if looser else "Sign it?"):
@@ -125,13 +130,19 @@ def owner_key(place: Path) -> OwnerKey:
 
 def _check_unit(place: Path, name: str, policy: Policy) -> None:
     """Refuse a budget that protects less than its data set asks for. Raises `PolicyError`."""
-    if policy.budget.unit == "record" and (policy.budget.epsilon or policy.budget.delta):
-        from ..owned.catalogue import Catalogue  # torch is imported here, so that other policies are signed quickly
-        from ..owned.description import check_unit
+    if policy.budget.unit == "record" and (trouble := _unit_trouble(place, name, policy)):
+        raise PolicyError(trouble)
 
-        catalogue = Catalogue(place)
-        if name in catalogue.names():
-            check_unit(catalogue.owned(name), policy)
+
+def _unit_trouble(place: Path, name: str, policy: Policy) -> str:
+    """Why the budget of a policy pays for nothing of its data set; empty if it does, or there is no such data."""
+    if not (policy.budget.epsilon or policy.budget.delta):
+        return ""
+    from ..owned.catalogue import Catalogue  # torch is imported here, so that other policies are signed quickly
+    from ..owned.description import unit_trouble
+
+    known = {owned.name: owned for owned in Catalogue(place).search()}
+    return unit_trouble(known[name], policy) if name in known else ""
 
 
 def _public(place: Path) -> bytes:

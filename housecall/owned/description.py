@@ -32,6 +32,7 @@ __all__ = [
     "plain",
     "record_type",
     "to_text",
+    "unit_trouble",
 ]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
@@ -182,12 +183,25 @@ def check_unit(owned: Owned, policy: Policy) -> None:
     be protected by a fraction. Raises `PolicyError`. A budget of nothing counts nothing, whatever its unit."""
     if not isinstance(policy, Policy):
         raise PolicyError(f"the policy of '{owned.name}' is a {type(policy).__name__}, expected a housecall.Policy")
+    if owned.unit == "person" and (trouble := unit_trouble(owned, policy)):
+        raise PolicyError(trouble)
+
+
+def unit_trouble(owned: Owned, policy: Policy) -> str:
+    """Why the budget of a policy pays for nothing of a data set, that protects another unit; empty if it does."""
     budget = policy.budget
-    if owned.unit == "person" and budget.unit == "record" and (budget.epsilon or budget.delta):
-        raise PolicyError(
+    if budget.unit == owned.unit or not (budget.epsilon or budget.delta):
+        return ""
+    if owned.unit == "person":
+        return (
             f"data set '{owned.name}' protects persons, and the budget of its policy counts by record: a person with "
             'many records would pay for one of them. Write unit = "person" under [budget]'
         )
+    return (
+        f"data set '{owned.name}' protects records, and the budget of its policy counts by person: no statistic can be "
+        'paid, since nothing says whose a record is. Write unit = "record" under [budget], or add the data again with '
+        "--person"
+    )
 
 
 def _count(name: str, columns: Mapping[str, torch.Tensor]) -> int:
