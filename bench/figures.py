@@ -26,6 +26,7 @@ import recorded
 import torch
 import torch.nn.functional as F
 import wire
+from recorded import MLP
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -34,17 +35,6 @@ from housecall.cli._schools import Net
 
 PAGE = Path(__file__).parent.parent / "docs" / "figures.md"
 BATCH = 64
-
-
-class MLP(nn.Module):
-    """784-32-10: little to compute, so the cost of pointers lies bare."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.log_softmax(self.layers(x), dim=1)
 
 
 def data(records: int) -> tuple[torch.Tensor, torch.Tensor]:

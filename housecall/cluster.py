@@ -107,6 +107,11 @@ class ClusterWorker(RemoteWorker):
             file.write_text(policy.text())
             sign(self.folder, draft(self.folder, name, key.public), key)
 
+    def remove(self, name: str) -> None:
+        """Remove a data set, as the worker's owner would: see `VirtualWorker.remove`. Its policy stays in the worker's
+        folder, and permits nothing until it is signed for other data."""
+        Catalogue(self.folder).remove(name)
+
     def __repr__(self) -> str:
         return f"<ClusterWorker id:{self.id} pid:{self.pid} at {self.address}>"
 

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import shutil
 import stat
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from at_once import at_once
 from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
@@ -281,18 +281,9 @@ def test_another_key_approves_nothing(kept: Requests) -> None:
 
 def test_of_threads_at_once_as_many_have_it_as_it_says(kept: Requests) -> None:
     kept.approve(asked(kept).id, KEY, uses=3)
-    start = threading.Barrier(8)
     had: list[Approval | None] = []
 
-    def one() -> None:
-        start.wait()
-        had.append(spend(kept))
-
-    threads = [threading.Thread(target=one) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*[lambda: had.append(spend(kept))] * 8)
     assert len(had) == 8
     assert sum(approval is not None for approval in had) == 3
 

@@ -78,6 +78,24 @@ def test_clusters_sweep_when_they_start() -> None:
         assert list(Path(place).glob(f"{PREFIX}*")) == []
 
 
+def test_data_is_added_and_removed_while_a_worker_runs() -> None:
+    x = torch.arange(3.0)
+    with hc.LocalCluster(("clinic",)) as (clinic,):
+        clinic.add("heart", x=x, policy=hc.Policy.open_to("*"))
+        doubled = clinic.dataset("heart").column("x") * 2
+        assert torch.equal(doubled.copy().get(), x * 2)
+        clinic.remove("heart")
+        assert clinic.search() == []
+        with pytest.raises(hc.PolicyError, match="data set 'heart' was removed or replaced"):
+            doubled.get()
+        with pytest.raises(hc.DataError, match="no data set 'heart'"):
+            clinic.remove("heart")
+        clinic.clear()
+        clinic.add("heart", x=x)  # its rules do not come back with the name
+        with pytest.raises(hc.OperatorError, match="'heart' does not let"):
+            clinic.dataset("heart").column("x").sum().get()
+
+
 @pytest.mark.slow
 def test_two_gigabytes_go_there_and_back() -> None:
     x = torch.arange(2**29, dtype=torch.float32)

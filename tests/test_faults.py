@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -14,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import fault_matrix
@@ -24,6 +22,7 @@ from fault_matrix import BALLAST, FAULTS, ONCE, OPERATIONS, PATIENCE, nothing_le
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from streams import grpc_dial
+from tool import tool
 
 from housecall.cluster import LocalCluster
 from housecall.errors import WorkerGone
@@ -51,12 +50,7 @@ def test_the_matrix_is_whole() -> None:
 
 def test_the_table_tells_of_hangs_leaks_and_wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `make bench` prints, were it not all well."""
-    place = Path(__file__).parent.parent / "bench" / "faults.py"
-    spec = importlib.util.spec_from_file_location("faults_bench", place)
-    assert spec is not None
-    assert spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+    bench = tool("bench/faults.py")
     ends = iter((fault_matrix.Hang("a hang"), fault_matrix.Leak("seats were left"), AssertionError("3 is not 4")))
 
     def outcome(kind: str, operation: str, way: Way) -> str:

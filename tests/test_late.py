@@ -6,13 +6,13 @@ import copy
 import gc
 import io
 import pickle
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from at_once import at_once
 from torch import nn, optim
 
 import housecall as hc
@@ -186,9 +186,5 @@ def test_over_the_wire_and_when_the_worker_is_lost() -> None:
 
 def test_four_threads_look_at_once(clinic: hc.VirtualWorker) -> None:
     model, found = late(clinic), []
-    threads = [threading.Thread(target=lambda: found.append(model.weight.grad.sum().item())) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*[lambda: found.append(model.weight.grad.sum().item())] * 4)
     assert found == [local().weight.grad.sum().item()] * 4

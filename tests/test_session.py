@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from at_once import at_once
 
 import housecall as hc
 from housecall.pointers.session import Session, Slot
@@ -570,25 +571,6 @@ def test_a_local_tensor_is_no_pointer(clinic: hc.VirtualWorker) -> None:
 # -- threads ----------------------------------------------------------------------------------------------
 
 
-def run_threads(*work: Any) -> None:
-    errors: list[BaseException] = []
-
-    def guarded(one: Any) -> None:
-        try:
-            one()
-        except BaseException as error:  # it is raised below, on the test's own thread
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(one,), daemon=True) for one in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not any(thread.is_alive() for thread in threads), "a deadlock"
-    if errors:
-        raise errors[0]
-
-
 def test_four_threads_add_at_one_worker(clinic: hc.VirtualWorker) -> None:
     start = threading.Barrier(4, timeout=60)
     results: dict[int, list[float]] = {}
@@ -604,7 +586,7 @@ def test_four_threads_add_at_one_worker(clinic: hc.VirtualWorker) -> None:
                 found.append(x.copy().get()[0].item())
         results[number] = found
 
-    run_threads(*(lambda n=n: work(n) for n in range(4)))
+    at_once(*(lambda n=n: work(n) for n in range(4)))
     assert results == {n: [n + 100.0, n + 200.0, n + 300.0] for n in range(4)}
     gc.collect()
     assert clinic._objects == {}

@@ -6,12 +6,14 @@ import re
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from at_once import at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_labels import programs
@@ -547,17 +549,11 @@ def test_of_runs_at_once_as_many_happen_as_were_approved() -> None:
     doors = [world.opened() for _ in range(8)]
     for door in doors:
         world.frame(Define(SUM), door=door)
-    ready = threading.Barrier(len(doors))
 
     def run(door: WorkerSession) -> None:
-        ready.wait()
         door.handle(Frame(1, (Run(SUM.digest, (1,), (20,)),)))
 
-    threads = [threading.Thread(target=run, args=(door,)) for door in doors]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*[partial(run, door) for door in doors])
     assert sum(20 in door.store.tensors() for door in doors) == 3
 
 
@@ -903,11 +899,7 @@ def test_of_refusals_at_once_none_is_lost() -> None:
         for _ in range(25):
             door.handle(Frame(1, (Fetch((1,)),)))
 
-    threads = [threading.Thread(target=ask, args=(door,)) for door in doors]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*[partial(ask, door) for door in doors])
     world.owner.gate.settle(everything=True)
     found = refusals(world.owner)
     assert len(found) == 21

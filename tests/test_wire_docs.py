@@ -3,16 +3,15 @@ somebody who has only the page."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import struct
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import msgspec
 import pytest
 import torch
+from tool import tool
 
 from housecall.transport.parcel import Assembler
 from housecall.transport.stream import PROTOCOL
@@ -25,22 +24,17 @@ PAGE = (ROOT / "docs" / "wire.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("wire_tool", ROOT / "tools" / "wire.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def wire() -> Any:
+    return tool("tools/wire.py")
 
 
-def test_the_page_is_what_the_code_says(tool: ModuleType) -> None:
-    assert tool.page(PAGE) == PAGE, "docs/wire.md is out of date: python tools/wire.py"
+def test_the_page_is_what_the_code_says(wire: Any) -> None:
+    assert wire.page(PAGE) == PAGE, "docs/wire.md is out of date: python tools/wire.py"
 
 
-def test_a_page_without_a_block_is_an_error(tool: ModuleType) -> None:
+def test_a_page_without_a_block_is_an_error(wire: Any) -> None:
     with pytest.raises(ValueError, match="<!-- limits -->"):
-        tool.page(PAGE.replace("<!-- limits -->", ""))
+        wire.page(PAGE.replace("<!-- limits -->", ""))
 
 
 def test_every_struct_is_on_the_page() -> None:

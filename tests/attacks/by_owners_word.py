@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +10,7 @@ from typing import Any
 
 import msgspec
 import torch
+from at_once import at_once
 from hostile import HEART, World, attack, call
 
 from housecall.errors import LedgerError, PolicyError
@@ -63,21 +63,16 @@ def attack_uses_an_approval_twice(world: World) -> Any:
 def attack_spends_one_approval_in_parallel(world: World) -> Any:
     _mean(world)
     question = Question(HEART, *next(iter(world.door.asked.values())))
-    gate, ready, out = world.worker.gate, threading.Barrier(8), []
+    gate, out = world.worker.gate, []
 
     def spend() -> None:
-        ready.wait()
         try:
             gate.release(world.door.who, question)
         except PolicyError:
             return
         out.append(1)
 
-    threads = [threading.Thread(target=spend) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*[spend] * 8)
     assert out
     return None if len(out) == 1 else out
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import msgspec
 import torch
+from at_once import at_once
 from hostile import SECRET, Attack, World, attack, call, named
 
 from housecall.owner.policy import Plans, Policy, Release, Use
@@ -258,18 +259,13 @@ def attack_runs_once_more(world: World) -> Any:
 def attack_runs_in_parallel_on_one_use(world: World) -> Any:
     approved(world, SUM)
     doors = [world.opened("mallory") for _ in range(6)]
-    ready, out = threading.Barrier(len(doors)), []
+    out = []
 
     def run(number: int, door: WorkerSession) -> None:
-        ready.wait()
         door.handle(Frame(100 + number, (Define(SUM), Run(SUM.digest, (1,), (20,)))))
         out.extend([door] if 20 in door.store.tensors() else [])
 
-    threads = [threading.Thread(target=run, args=item) for item in enumerate(doors)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(*[partial(run, *item) for item in enumerate(doors)])
     assert out
     return None if len(out) == 1 else out
 
