@@ -737,7 +737,7 @@ def test_a_running_worker_sees_changes_and_tells_of_them_first(tmp_path: Path) -
     assert told[2:] == [Turn("heart", Policy(version=2), DENY, why="there is no policy")]
     put(tmp_path, Policy(version=2))
     assert running["heart"] == Policy(version=2)
-    assert [turn[:3] for turn in told[3:]] == [("heart", None, Policy(version=2))]  # in force again
+    assert [turn[:3] for turn in told[3:]] == [("heart", Policy(version=2), Policy(version=2))]  # in force again
     again = Policies(tmp_path, KEY.public, changed=told.append)
     assert again["heart"] == Policy(version=2)
     assert len(told) == 4  # what was told once is no change after a restart
@@ -745,6 +745,21 @@ def test_a_running_worker_sees_changes_and_tells_of_them_first(tmp_path: Path) -
     later = Policies(tmp_path, KEY.public, changed=told.append)
     assert later["heart"] == Policy(version=3)
     assert told[4].old is None  # it changed while no worker ran
+
+
+def test_what_is_signed_is_compared_with_what_was_in_force_before_it_was_edited(tmp_path: Path) -> None:
+    """A running worker looks each second, so it sees each file before its owner has signed it."""
+    told: list[Turn] = []
+    first, second = Policy(version=1, use=Use(plans=("a",))), Policy(version=2, use=Use(plans=("a", "b")))
+    put(tmp_path, first)
+    running = Policies(tmp_path, KEY.public, changed=told.append)
+    assert running["heart"] == first
+    for text in ("[use", second.text()):  # it is edited twice
+        (tmp_path / "policies" / "heart.toml").write_text(text)
+        assert running["heart"] is DENY
+    put(tmp_path, second)
+    assert running["heart"] == second
+    assert [(turn.old, turn.new) for turn in told] == [(DENY, first), (first, DENY), (first, second)]
 
 
 def test_a_change_that_cannot_be_written_down_does_not_happen(tmp_path: Path) -> None:

@@ -114,11 +114,13 @@ class Seen:
 
 
 class _Known(NamedTuple):
-    """What was found for a name: the files as they were, the policy, and why it does not count."""
+    """What was found for a name: the files as they were, the policy, and why it does not count; and which one was the
+    last that did, in this process: what comes into force after it is compared with that."""
 
     stamps: tuple[Stamp, Stamp]
     policy: Policy
     why: str
+    last: Policy | None = None
 
 
 class Turn(NamedTuple):
@@ -220,21 +222,21 @@ class Policies(Mapping[str, Policy]):
 
     def _load(self, name: str, stamps: tuple[Stamp, Stamp], before: _Known | None) -> _Known:
         assert self._folder is not None  # `_look` has checked
+        old = before.last if before is not None else None
         try:
             policy, text = _signed(self._folder, name, self._public)
             later = self._seen.check(name, policy.version, text)
-            old = before.policy if before is not None and not before.why else None
             if old is None and not self._seen.last(name):
                 old = DENY
         except PolicyError as error:
-            return _Known(stamps, DENY, str(error))
+            return _Known(stamps, DENY, str(error), old)
         try:
             if later or (before is not None and before.why):  # new, or in force again
                 self._changed(Turn(name, old, policy, _digest(text)))
                 self._seen.note(name, policy.version, text)
         except Exception as error:  # whatever it is, nothing is permitted; another time it may succeed
-            return _Known(_NEVER, DENY, f"its change could not be written down: {error}")
-        return _Known(stamps, policy, "")
+            return _Known(_NEVER, DENY, f"its change could not be written down: {error}", old)
+        return _Known(stamps, policy, "", policy)
 
 
 def _stamp(path: Path) -> Stamp:
