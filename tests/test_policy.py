@@ -884,6 +884,26 @@ def test_an_owner_writes_signs_and_loosens(place: Path) -> None:
     assert "version = 2" in run(place, "show", "heart")
 
 
+def test_data_without_a_policy_is_told_of(place: Path) -> None:
+    (place / "data").mkdir()
+    for name in ("heart", "lungs"):
+        (place / "data" / f"{name}.toml").touch()
+    path = place / "policies" / "heart.toml"
+    path.write_text(Policy().text())
+    run(place, "sign", "heart", "--yes")
+    said = run(place, "check")
+    assert "lungs: nobody may use it: there is no policy" in said
+    assert f"housecall worker policy show lungs --folder {place}" in said
+    assert "heart: version 1 is in force" in said
+    assert "lungs" not in run(place, "check", "heart")
+
+
+def test_an_empty_file_is_no_policy_to_begin_with(place: Path) -> None:
+    """As `show heart > policies/heart.toml` makes it, before `show` begins."""
+    (place / "policies" / "heart.toml").touch()
+    assert "[release]" in run(place, "show", "heart")
+
+
 def test_looking_takes_no_note(place: Path) -> None:
     """The worker's ledger must have each change: only the worker may count one as seen."""
     path = place / "policies" / "heart.toml"
@@ -902,7 +922,7 @@ def test_explain_and_check_as_commands(place: Path) -> None:
     everybody = run(place, "explain", "heart")
     assert "scientist 'alice'\n  May compute" in everybody
     assert "any other worker\n  May compute" in everybody
-    assert "any other scientist\n  Nothing" in everybody
+    assert "any other scientist\n  Nothing: no rule permits anybody else anything." in everybody
     assert "Nothing: no rule permits 'bob'" in run(place, "explain", "heart", "bob")
     assert "MAY TAKE EXACT" in run(place, "explain", "heart", "alice")
     assert "note: it never ends" in run(place, "check")

@@ -299,6 +299,14 @@ def test_a_signed_policy_is_for_the_data_that_it_was_signed_for(clinic: Path) ->
     assert policy.is_file()
 
 
+def test_data_without_a_policy_is_told_of(clinic: Path) -> None:
+    said = run("add", "a", "digits.npz")
+    assert "Nobody may use 'a' yet: it has no policy. To begin with one: housecall worker policy show a\n" in said
+    assert (clinic / POLICY_FOLDER).is_dir()  # `init` has made it
+    (clinic / POLICY_FOLDER / "a.toml").write_text(Policy.deny().text())
+    assert "its policy is not signed for this data" in run("add", "a", "digits.npz", "--replace")
+
+
 def test_a_budget_by_record_is_not_signed_for_data_by_person(visits: Path) -> None:
     run("add", "visits", "visits.csv", *TABLE, "--columns", "who=pid", "--label", "pid", "--person", "who")
     (visits / POLICY_FOLDER).mkdir(exist_ok=True)

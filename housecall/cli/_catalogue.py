@@ -26,6 +26,7 @@ from ..owned.readers.files import read
 from ..owned.readers.records import Records, Request
 from ..owner.policies import POLICY_FOLDER, standing
 from ..owner.signing import PUBLIC_FILE, public_key
+from .worker import in_folder
 
 __all__ = ["Addition", "Mock", "discard", "show", "store", "verify"]
 
@@ -144,11 +145,18 @@ def _unsigned(folder: Path, name: str) -> bool:
 
 
 def _say_unsigned(folder: Path, name: str) -> None:
-    """After a change of data: a policy that was signed for what is gone counts no more."""
-    if _unsigned(folder, name):
+    """After a change of data: it needs a policy, and one that was signed for other data counts no more."""
+    place = in_folder(folder)
+    if not (folder / POLICY_FOLDER / f"{name}.toml").is_file():
+        typer.secho(
+            f"Nobody may use '{name}' yet: it has no policy. To begin with one: housecall worker policy show {name}"
+            f"{place}",
+            fg="yellow",
+        )
+    elif _unsigned(folder, name):
         typer.secho(
             f"Nothing is permitted on '{name}': its policy is not signed for this data. Look at it, then: housecall "
-            f"worker policy sign {name}",
+            f"worker policy sign {name}{place}",
             fg="yellow",
         )
 

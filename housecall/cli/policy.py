@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from ..errors import PolicyError
+from ..host.config import DATA_FOLDER
 from ..owner.change import changes, warnings
 from ..owner.policies import POLICY_FOLDER, draft, policy_names, standing
 from ..owner.policies import sign as put_in_force
 from ..owner.policy import Policy
 from ..owner.policy import explain as explained
 from ..owner.signing import KEY_FILE, PUBLIC_FILE, OwnerKey, public_key
-from .worker import Folder, Yes, worker_folder
+from .worker import Folder, Yes, in_folder, worker_folder
 
 __all__ = ["app"]
 
@@ -29,10 +30,13 @@ def check(
     names: Annotated[list[str] | None, typer.Argument(help="Data sets.", show_default="all with a policy")] = None,
     folder: Folder = None,
 ) -> None:
-    """Say whether policies are well-formed, signed and not over, whether their budgets fit the data, and what is loose.
-    Fails if one does not hold."""
+    """Say whether policies are well-formed, signed and not over, and what is loose. Fails if one does not hold.
+
+    Says as well whose budget does not fit its data, and which data sets have no policy."""
     place = worker_folder(folder)
     whole = True
+    for name in () if names else sorted(_data_sets(place).difference(policy_names(place))):
+        typer.secho(f"{name}: nobody may use it: there is no policy ({_begin(place, name)})", fg="yellow")
     for name in names or policy_names(place):
         policy, why = standing(place, name, _public(place))
         if why:
@@ -56,11 +60,13 @@ def show(name: Name, folder: Folder = None) -> None:
     place = worker_folder(folder)
     _, why = standing(place, name, _public(place))
     path = place / POLICY_FOLDER / f"{name}.toml"
-    if path.is_file():
+    if path.is_file() and path.stat().st_size:  # `show NAME > policies/NAME.toml` has made an empty one
         typer.echo(path.read_text(encoding="utf-8", errors="replace"), nl=False)
     else:
         typer.echo(Policy.deny().text(), nl=False)
-        typer.secho(f"Save it as {path}, edit it, then: housecall worker policy sign {name}", err=True)
+        typer.secho(
+            f"Save it as {path}, edit it, then: housecall worker policy sign {name}{in_folder(place)}", err=True
+        )
     if why:
         typer.secho(f"# nothing is permitted: {why}", err=True, fg="red")
 
@@ -143,6 +149,15 @@ def _unit_trouble(place: Path, name: str, policy: Policy) -> str:
 
     known = {owned.name: owned for owned in Catalogue(place).search()}
     return unit_trouble(known[name], policy) if name in known else ""
+
+
+def _data_sets(place: Path) -> set[str]:
+    """The names of the data sets that lie there, damaged ones too; without torch."""
+    return {path.stem for path in (place / DATA_FOLDER).glob("*.toml")}
+
+
+def _begin(place: Path, name: str) -> str:
+    return f"to begin with one: housecall worker policy show {name}{in_folder(place)}"
 
 
 def _public(place: Path) -> bytes:

@@ -30,7 +30,7 @@ def up(
     plaintext: Annotated[
         bool, typer.Option("--plaintext", help="Serve without TLS, to anyone who can connect. For tests.")
     ] = False,
-    metrics: Annotated[str, typer.Option(help="HOST:PORT to answer Prometheus at; needs housecall[metrics].")] = "",
+    metrics: Annotated[str, typer.Option(help="HOST:PORT to answer Prometheus at; needs the extra 'metrics'.")] = "",
     once: Annotated[
         bool,
         typer.Option("--once", help="Do not start it anew when it dies: for systemd and containers, which do that."),
@@ -39,8 +39,9 @@ def up(
     restarts: Annotated[int, typer.Option(hidden=True)] = 0,
     died: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
-    """Run the worker until Ctrl-C; then what has come is done and answered: a second Ctrl-C ends it at once. If it
-    dies, it is started anew."""
+    """Run the worker until Ctrl-C. What has come is done and answered then.
+
+    A second Ctrl-C ends it at once. If it dies, it is started anew."""
     place, where = worker_folder(folder).resolve(), _address(metrics)
     write_logs()
     if not once and sys.executable and sys.orig_argv:

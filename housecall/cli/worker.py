@@ -14,9 +14,11 @@ from ..errors import UsageError
 from ..host.config import CONFIG_FILE, Config
 from ..identity.enrolment import join
 from ..identity.invitation import Invitation
+from ..owner.files import make_folder
+from ..owner.policies import POLICY_FOLDER
 from ..owner.signing import OwnerKey
 
-__all__ = ["Folder", "app", "worker_folder"]
+__all__ = ["Folder", "app", "in_folder", "worker_folder"]
 
 app = typer.Typer(help="Run a worker beside your data, and choose what it offers.", no_args_is_help=True)
 
@@ -43,6 +45,7 @@ def init(
     config = Config.create(place, name, listen)
     typer.echo(f"Worker '{config.name}' is in {place}, and will listen at {config.listen}. Its settings: {CONFIG_FILE}")
     OwnerKey.create(place)
+    make_folder(place / POLICY_FOLDER)
     typer.echo("owner.key signs what you decide about your data: keep it, and keep it to yourself")
     keys = place / config.identity.folder
     if invited is not None:
@@ -154,6 +157,11 @@ def worker_folder(folder: Path | None) -> Path:
             "with `housecall worker init NAME`"
         )
     return place
+
+
+def in_folder(place: Path) -> str:
+    """What a command that is told of needs besides, to be about the same folder."""
+    return "" if place == Path() else f" --folder {place}"
 
 
 def _tags(texts: Iterable[str]) -> tuple[str, ...]:

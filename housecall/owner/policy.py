@@ -515,7 +515,8 @@ def explain(policy: Policy, principal: str, role: str, now: datetime) -> list[st
     asked = Asked("interactive", principal, role)
     found = list(_explained(policy, asked))
     if not found:
-        return [f"Nothing: no rule permits '{principal}' anything."]
+        whom = f"'{principal}'" if principal else "anybody else"
+        return [f"Nothing: no rule permits {whom} anything."]
     if policy.expires is not None:
         found.append(f"Until {_when(policy.expires)}; then nothing.")
     return found
