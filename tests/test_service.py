@@ -244,6 +244,24 @@ def test_who_is_revoked_is_cut_without_a_restart_though_idle(folder: Path, autho
     service.close(1)
 
 
+def test_who_cannot_be_reached_over_tls_is_told_why(folder: Path, authority: Authority, tmp_path: Path) -> None:
+    alice = authority.identity("alice", "scientist")
+    other = Authority.create(tmp_path / "other", "other").identity("alice", "scientist")
+    service = secured(folder, authority)
+    port = service.address.port
+    for host, identity, why in (
+        ("localhost", alice, "its certificate is for other names than the one in this address: use one that"),
+        ("127.0.0.1", other, "its certificate is of another authority than the identity that is shown"),
+    ):
+        with pytest.raises(hc.WorkerGone, match=rf"cannot be reached \({why}"):
+            hc.connect(f"grpcs://{host}:{port}", identity, patience=0.1)
+    service.close(1)
+    plain = Service(folder, plaintext=True)
+    with pytest.raises(hc.WorkerGone, match="what listens there speaks plain text"):
+        hc.connect(f"grpcs://{plain.address}", alice, patience=0.1)
+    plain.close(1)
+
+
 def test_turns_go_on_while_a_list_is_read(folder: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reading stops in the middle until this test lets it go on; so long the last list holds."""
     service = secured(folder, authority)

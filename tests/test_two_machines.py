@@ -161,17 +161,12 @@ def test_two_machines(world: World) -> None:
     texts = blocks()
     (script,) = [text for language, _, text in texts if language == "python"]
     (world.folder / "train.py").write_text(world.placed(script))
-    (policy,) = [(title, text) for language, title, text in texts if language == "toml"]
     said = ""
-    for language, host, text in texts:
-        if "worker policy sign" in text:
-            init, text = text.split("housecall worker add", 1)
-            said += world.bash(host, init)
-            (world.folder / policy[0]).parent.mkdir(exist_ok=True)
-            (world.folder / policy[0]).write_text(policy[1])
-            text = "housecall worker add" + text
+    for language, title, text in texts:
+        if language == "toml":
+            (world.folder / title).write_text(text)
         if language == "bash" and "revoke" not in text:
-            said += world.bash(host, text)
+            said += world.bash(title, text)
     columns = r"x: float32\[3\], y: int64\[\]"
     assert re.search(rf"<dataset 'heart' at clinic: 200 records of {columns} #heart, mock of 100>", said)
     assert re.search(rf"<mock of 'heart' at clinic: 100 records of {columns}; none of them is real>", said)

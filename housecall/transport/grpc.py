@@ -99,9 +99,19 @@ class _Call:
         self._channel.close()
 
 
+# A part of what gRPC says, and what it means to whoever reads it.
+_MEANS = {
+    "Hostname Verification Check failed": "its certificate is for other names than the one in this address: use one "
+    "that it was invited with (`housecall ca invite --host`)",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is of another authority than the identity that is shown to it",
+    "WRONG_VERSION_NUMBER": "what listens there speaks plain text",
+}
+
+
 def _reason(error: Any) -> str:
     details = " ".join(str(error.details() or "no details").split())
-    return f"{error.code().name.lower().replace('_', ' ')}: {details[:300]}"
+    said = f"{error.code().name.lower().replace('_', ' ')}: {details[:300]}"
+    return next((f"{means}; {said}" for part, means in _MEANS.items() if part in details), said)
 
 
 def dial(where: Address, credentials: Callable[[], grpc.ChannelCredentials] | None) -> Dial:
