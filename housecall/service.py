@@ -35,7 +35,7 @@ import torch
 
 from . import __version__
 from .errors import HousecallError, IdentityError
-from .host.config import DATA_FOLDER, Config
+from .host.config import DATA_FOLDER, Config, host_and_port
 from .host.host import Host
 from .host.lock import hold, let_go
 from .host.seat import Standing
@@ -113,8 +113,7 @@ class Service:
         self.catalogue = Catalogue(self.folder)
         self.started = time.time()
         self._closing, self._closed = threading.Event(), threading.Event()
-        host, _, port = (listen or config.listen).rpartition(":")
-        where = Address(host.strip("[]"), int(port), secure=not plaintext)
+        where = Address(*_listening_at(listen, config), secure=not plaintext)
         torch.set_num_threads(self.threads)
         self.host = Host(
             Worker(
@@ -302,6 +301,11 @@ def _limits(config: Config) -> Limits:
     )
 
 
+def _listening_at(listen: str, config: Config) -> tuple[str, int]:
+    """Host and port, of the option if it is given, else of worker.toml."""
+    return host_and_port(listen, "--listen") if listen else host_and_port(config.listen, "listen")
+
+
 def _authority(config: Config, keys: Path) -> str:
     """Where the authority is (HOST:PORT), "" if nobody says."""
     return target(config.identity.ca_url) if config.identity.ca_url else authority_url(keys)
@@ -325,7 +329,7 @@ def confine(folder: Path, *, listen: str = "", plaintext: bool = False, ports: t
             writes=(keys,),
             reads=tuple(sorted(place for place in places if not place.is_relative_to(folder))),
             secrets=(folder / KEY_FILE,),
-            ports=(int((listen or config.listen).rpartition(":")[2]), *ports),
+            ports=(_listening_at(listen, config)[1], *ports),
             authority="" if plaintext else _authority(config, keys),
             memory_mb=_memory_mb(config),
             network=config.sandbox.network == "listen",

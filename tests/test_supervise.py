@@ -245,12 +245,22 @@ def test_a_process_with_a_parent_may_be_told_of_one_end_by_two(folder: Path) -> 
     clinic.close()
 
 
-def test_trouble_of_its_owners_is_a_message_and_not_tried_again(folder: Path) -> None:
-    (folder / "worker.toml").write_text('name = "clinic"\nlisten = "127.0.0.1:0"\nthreads = "many"\n')
-    process = up(folder)
+@pytest.mark.parametrize(
+    ("setting", "options", "says"),
+    [
+        ('threads = "many"', (), "threads"),
+        ("", ("--listen", "here"), "--listen 'here' must be HOST:PORT"),
+        ("", ("--listen", "192.0.2.1:7443"), "cannot listen on 192.0.2.1:7443: Failed to bind"),
+    ],
+)
+def test_trouble_of_its_owners_is_a_message_and_not_tried_again(
+    folder: Path, setting: str, options: tuple[str, ...], says: str
+) -> None:
+    (folder / "worker.toml").write_text(f'name = "clinic"\nlisten = "127.0.0.1:0"\n{setting}\n')
+    process = up(folder, *options)
     assert process.wait(PATIENCE) == 2
     log = (folder.parent / "up.log").read_text()
-    assert "threads" in log
+    assert says in log
     assert "Traceback" not in log
     assert log.count("housecall:") == 1
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.panel import Panel
 
 from ..errors import UsageError
+from ..host.config import host_and_port
 from ..logs import write_logs
 from ..sandbox.environment import begin_again, born_clean
 from ..supervise import supervise
@@ -43,6 +44,8 @@ def up(
 
     A second Ctrl-C ends it at once. If it dies, it is started anew."""
     place, where = worker_folder(folder).resolve(), _address(metrics)
+    if listen:
+        host_and_port(listen, "--listen")
     write_logs()
     if not once and sys.executable and sys.orig_argv:
         raise typer.Exit(supervise(_again, born_clean(os.environ)))

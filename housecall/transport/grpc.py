@@ -162,7 +162,10 @@ class Listener:
             else:
                 port = self._server.add_secure_port(str(listen), credentials)
         except RuntimeError as error:
-            raise UsageError(f"cannot listen on {listen}: {error}. Is the port taken?") from None
+            why = str(error).partition(";")[0].rstrip(".")
+            raise UsageError(
+                f"cannot listen on {listen}: {why}. Is the port taken, or the address another machine's?"
+            ) from None
         self.address = Address(listen.host, port, listen.secure)
         self._server.start()
 
