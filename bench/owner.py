@@ -100,7 +100,7 @@ def rows(quick: bool) -> list[str]:
         f"(quartiles {low:.2f} - {high:.2f}) | <= 1.02 |",
         f"| ledger: entries appended per second, each with its fsync | **{written:,.0f}** | - |",
         f"| ledger: entries verified per second | **{verified:,.0f}** | - |",
-        f"| mean score of a 784-32-10 network, by the owner's loop: records per second | **{scores(2_000):,.0f}** | - |",
+        f"| mean score of a 784-32-10 network: records per second | **{scores(2_000):,.0f}** | - |",
         f"| an update of a million values, clipped, exact noise added | **{noised(1_000_000):.2f} s** | - |",
     ]
 

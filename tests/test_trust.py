@@ -20,9 +20,9 @@ from housecall.program.run import arguments_of, overload
 from housecall.program.trust import (
     _RESAMPLING,
     _TYPES,
-    _VALUES,
     FORWARDS,
     REFUSED,
+    VALUES,
     check_types,
     check_values,
     from_forward,
@@ -311,7 +311,7 @@ def test_most_are_refused_by_these_rules_and_not_by_torch() -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    ruled = set(_TYPES) | set(_VALUES) | set(FORWARDS)
+    ruled = set(_TYPES) | set(VALUES) | set(FORWARDS)
     tried = {op.partition(".")[0].removesuffix("_") for op in CASES}
     # of one rule with another dimension, reduction or optimizer
     kin = {"_fused_adagrad", "_fused_adamw", "_batch_norm_with_update", "batch_norm_backward", "_fft_c2c",

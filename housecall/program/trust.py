@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import ProgramError
 from ..types import Ref
 from .call import Call, refs
 from .check import arguments
+from .elements import VALUES, Args, Rule, Wrong, is_tensor
 from .ops import operator
 
 __all__ = ["FORWARDS", "REFUSED", "check_given_back", "check_types", "check_values", "from_forward", "trusts_values"]
-
-Args = Mapping[str, Any]
-Rule = Callable[[Args], None]
 
 _BAG = "nn.Embedding, and a sum or mean of its rows, does the same"
 _LSTM = "turn it off with torch.backends.mkldnn.flags(enabled=False): torch then takes small operators"
@@ -63,12 +61,12 @@ def check_types(op: str, args: Args) -> None:
 
 def trusts_values(op: str) -> bool:
     """Whether an operator's kernel trusts elements that nobody looks at."""
-    return _base(op) in _VALUES
+    return _base(op) in VALUES
 
 
 def check_values(op: str, args: Args) -> None:
     """Raise `ProgramError` for arguments, by name, whose elements the operator's kernel would follow anywhere."""
-    rule = _VALUES.get(_base(op))
+    rule = VALUES.get(_base(op))
     if rule is not None:
         _held(op, rule, args)
 
@@ -81,14 +79,10 @@ def _base(op: str) -> str:
 def _held(op: str, rule: Rule, args: Args) -> None:
     try:
         rule(args)
-    except _Wrong as error:
+    except Wrong as error:
         raise ProgramError(f"{op}: {error}") from None
     except (AttributeError, TypeError, KeyError, IndexError) as error:  # a number for a tensor, and the like
         raise ProgramError(f"{op}: its arguments are of the wrong kinds ({error})") from None
-
-
-class _Wrong(Exception):
-    """What is wrong with an argument."""
 
 
 # -- shapes -----------------------------------------------------------------------------------------------
@@ -97,34 +91,34 @@ class _Wrong(Exception):
 def _has_shape(args: Args, name: str, expected: Sequence[int], why: str) -> None:
     tensor = args.get(name)
     if tensor is not None and tuple(tensor.shape) != tuple(expected):
-        raise _Wrong(f"'{name}' has the shape {list(tensor.shape)}, expected {list(expected)}, {why}")
+        raise Wrong(f"'{name}' has the shape {list(tensor.shape)}, expected {list(expected)}, {why}")
 
 
 def _at_least(args: Args, name: str, dims: int) -> None:
     if args[name].dim() < dims:
-        raise _Wrong(f"'{name}' has {args[name].dim()} dimensions, expected {dims} or more")
+        raise Wrong(f"'{name}' has {args[name].dim()} dimensions, expected {dims} or more")
 
 
 def _has_dims(args: Args, name: str, *allowed: int) -> None:
     if args[name].dim() not in allowed:
-        raise _Wrong(f"'{name}' has {args[name].dim()} dimensions, expected {' or '.join(map(str, allowed))}")
+        raise Wrong(f"'{name}' has {args[name].dim()} dimensions, expected {' or '.join(map(str, allowed))}")
 
 
 def _in_a_row(args: Args, *names: str) -> None:
     for name in names:
         if args.get(name) is not None and not args[name].is_contiguous():
-            raise _Wrong(f"'{name}' is a view whose elements do not stand in a row; give a copy of it")
+            raise Wrong(f"'{name}' is a view whose elements do not stand in a row; give a copy of it")
 
 
 def _without_gaps(args: Args, *names: str) -> None:
     for name in names:
         if args.get(name) is not None and not _dense(args[name]):
-            raise _Wrong(f"'{name}' is a view with gaps, or one that repeats elements; give a copy of it")
+            raise Wrong(f"'{name}' is a view with gaps, or one that repeats elements; give a copy of it")
 
 
 def _within(args: Args, name: str, least: float, most: float) -> None:
     if name in args and not least <= args[name] <= most:  # else it is the operator's own default
-        raise _Wrong(f"'{name}' is {args[name]}, expected {least} to {most}")
+        raise Wrong(f"'{name}' is {args[name]}, expected {least} to {most}")
 
 
 def _alike(first: str, *names: str) -> Rule:
@@ -147,7 +141,7 @@ def _pooled(dims: int) -> Rule:
         _has_shape(args, "grad_output", (*given.shape[:-dims], *grad.shape[-dims:]), "as 'self' but for its planes")
         _has_shape(args, "indices", grad.shape, "that of 'grad_output'")
         if 0 in (*given.shape[-dims:], *grad.shape[-dims:]):
-            raise _Wrong("the planes of 'self' or 'grad_output' are empty")
+            raise Wrong("the planes of 'self' or 'grad_output' are empty")
         if dims == 3:
             _in_a_row(args, "indices")
 
@@ -160,7 +154,7 @@ def _drawn_windows(dims: int) -> Rule:
     def rule(args: Args) -> None:
         _has_dims(args, "self", dims + 1, dims + 2)
         if len(args["output_size"]) != dims:
-            raise _Wrong(f"'output_size' has {len(args['output_size'])} numbers, expected {dims}")
+            raise Wrong(f"'output_size' has {len(args['output_size'])} numbers, expected {dims}")
         expected = (*args["self"].shape[:-dims], *args["output_size"])
         _has_shape(args, "grad_output", expected, "as 'self' with planes of 'output_size'")
         _has_shape(args, "indices", expected, "that of 'grad_output'")
@@ -187,9 +181,9 @@ def _by_group(args: Args) -> None:
     sizes, group = args["input"].shape, args["group"]
     said = args["N"], args["C"], args["HxW"]
     if said != (sizes[0], sizes[1], math.prod(sizes[2:])):
-        raise _Wrong(f"N, C and HxW are {said}, and the shape of 'input' is {list(sizes)}")
+        raise Wrong(f"N, C and HxW are {said}, and the shape of 'input' is {list(sizes)}")
     if group < 1 or sizes[1] % group:
-        raise _Wrong(f"'group' is {group}, which does not divide {sizes[1]} channels")
+        raise Wrong(f"'group' is {group}, which does not divide {sizes[1]} channels")
     for name in ("weight", "bias"):
         _has_shape(args, name, sizes[1:2], "one for each channel of 'input'")
     for name in ("mean", "rstd"):
@@ -211,7 +205,7 @@ def _by_norm(v: str, g: str, *alike: str) -> Rule:
         _at_least(args, v, 1)
         sizes, dim = list(args[v].shape), args.get("dim", 0)
         if dim not in (0, len(sizes) - 1):
-            raise _Wrong(f"'dim' is {dim}, expected the first or the last of '{v}'")
+            raise Wrong(f"'dim' is {dim}, expected the first or the last of '{v}'")
         lengths = [n if at == dim else 1 for at, n in enumerate(sizes)]
         for name in (g, "saved_norms"):
             _has_shape(args, name, lengths, f"one for each slice of '{v}'")
@@ -226,11 +220,11 @@ def _transformed(args: Args) -> None:
     """Dimensions of a Fourier transform: from 0, each once; the last is halved."""
     dims, sizes = list(args["dim"]), args["self"].shape
     if not dims or len(set(dims)) < len(dims) or not all(0 <= dim < len(sizes) for dim in dims):
-        raise _Wrong(f"'dim' is {dims}, expected some of 0 to {len(sizes) - 1}, each once")
+        raise Wrong(f"'dim' is {dims}, expected some of 0 to {len(sizes) - 1}, each once")
     if "last_dim_size" in args:
         whole = args["last_dim_size"]
         if whole < 1 or sizes[dims[-1]] != whole // 2 + 1:
-            raise _Wrong(f"'last_dim_size' is {whole}, of which {sizes[dims[-1]]} is no half")
+            raise Wrong(f"'last_dim_size' is {whole}, of which {sizes[dims[-1]]} is no half")
 
 
 def _sampled(dims: int) -> Rule:
@@ -258,7 +252,7 @@ def _measured_within(args: Args) -> None:
     _measured(args)
     rows = args["self"].shape[0]
     if not rows:
-        raise _Wrong("'self' has no rows")
+        raise Wrong("'self' has no rows")
     for name in ("grad", "pdist"):
         _has_shape(args, name, (rows * (rows - 1) // 2,), "one for each pair of rows")
 
@@ -284,18 +278,18 @@ def _classified(args: Args) -> None:
     _has_shape(args, "weight", (sizes[along],), "one for each class")
     _each_or_one(args, args["target"].shape)
     if args.get("total_weight") is not None and args["total_weight"].numel() != 1:
-        raise _Wrong(f"'total_weight' has the shape {list(args['total_weight'].shape)}, expected one number")
+        raise Wrong(f"'total_weight' has the shape {list(args['total_weight'].shape)}, expected one number")
 
 
 def _each_or_one(args: Args, rows: Sequence[int]) -> None:
     """The gradient of a loss: of each row, or of their sum or mean."""
     reduction = args.get("reduction", 1)
     if reduction not in (0, 1, 2):
-        raise _Wrong(f"'reduction' is {reduction}, expected 0, 1 or 2")
+        raise Wrong(f"'reduction' is {reduction}, expected 0, 1 or 2")
     if reduction == 0:
         _has_shape(args, "grad_output", rows, "one for each row")
     elif args["grad_output"].numel() != 1:
-        raise _Wrong(f"'grad_output' has the shape {list(args['grad_output'].shape)}, expected one number")
+        raise Wrong(f"'grad_output' has the shape {list(args['grad_output'].shape)}, expected one number")
 
 
 def _with_truths(args: Args) -> None:
@@ -322,18 +316,18 @@ def _attended(args: Args) -> None:
     for name in ("key", "value"):
         _has_shape(args, name, (batch, heads, length, width), "as 'query' but for its length")
     if 0 in args["query"].shape or 0 in args["key"].shape:
-        raise _Wrong("there is nothing to attend to, or nobody who does: a query or key of no elements")
+        raise Wrong("there is nothing to attend to, or nobody who does: a query or key of no elements")
     for name in ("query", "key", "value", "out"):
         tensor = args.get(name)
         if tensor is not None and tensor.dim() == 4 and tensor.shape[3] > 1 and tensor.stride(3) != 1:
-            raise _Wrong(f"'{name}' is a view whose rows do not stand in a row; give a copy of it")
+            raise Wrong(f"'{name}' is a view whose rows do not stand in a row; give a copy of it")
 
 
 def _apart(args: Args) -> None:
     """A tensor none of whose elements are one: torch's median of those is wrong, for anybody."""
     tensor = args["self"]
     if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
-        raise _Wrong("'self' is a view that repeats elements; give a copy of it")
+        raise Wrong("'self' is a view that repeats elements; give a copy of it")
 
 
 def _stepped(args: Args) -> None:
@@ -346,16 +340,16 @@ def _stepped(args: Args) -> None:
         if not tensors and name in optional and not optional[name]:
             continue
         if len(tensors) != len(kept):
-            raise _Wrong(f"'{name}' has {len(tensors)} tensors, expected {len(kept)}, as many as 'self'")
+            raise Wrong(f"'{name}' has {len(tensors)} tensors, expected {len(kept)}, as many as 'self'")
         for tensor, like in zip(tensors, kept, strict=True):
             same = tensor.shape == like.shape and tensor.stride() == like.stride() and tensor.dtype == like.dtype
             if not same or not _dense(tensor):
-                raise _Wrong(f"'{name}' holds a tensor that is not laid out as its parameter, or one with gaps")
+                raise Wrong(f"'{name}' holds a tensor that is not laid out as its parameter, or one with gaps")
     for tensor in [*(steps or ()), args.get("grad_scale"), args.get("found_inf"), args.get("lr")]:
-        if _is_tensor(tensor) and tensor.numel() != 1:
-            raise _Wrong(f"a step, scale or learning rate has the shape {list(tensor.shape)}, expected one number")
+        if is_tensor(tensor) and tensor.numel() != 1:
+            raise Wrong(f"a step, scale or learning rate has the shape {list(tensor.shape)}, expected one number")
     if steps is not None and len(steps) != len(kept):
-        raise _Wrong(f"'state_steps' has {len(steps)} tensors, expected {len(kept)}, as many as 'self'")
+        raise Wrong(f"'state_steps' has {len(steps)} tensors, expected {len(kept)}, as many as 'self'")
 
 
 def _dense(tensor: Any) -> bool:
@@ -371,7 +365,7 @@ def _dense(tensor: Any) -> bool:
 def _paired(args: Args) -> None:
     """Two lists of as many tensors, each of one shape."""
     if len(args["self"]) != len(args["src"]):
-        raise _Wrong(f"'self' has {len(args['self'])} tensors and 'src' {len(args['src'])}")
+        raise Wrong(f"'self' has {len(args['self'])} tensors and 'src' {len(args['src'])}")
 
 
 def _resampled(args: Args) -> None:
@@ -382,7 +376,7 @@ def _resampled(args: Args) -> None:
     scales = args.get("scale_factors") or [args.get(name) for name in ("scales", "scales_d", "scales_h", "scales_w")]
     scales = [scale for scale in scales if scale is not None]
     if any(not 0 < scale < math.inf for scale in scales):
-        raise _Wrong(f"its scales are {scales}, expected positive numbers")
+        raise Wrong(f"its scales are {scales}, expected positive numbers")
     results = args.get("output_size")
     if results is None or not scales:
         return
@@ -390,7 +384,7 @@ def _resampled(args: Args) -> None:
         not (1 - 1e-6) * out <= size * scale <= 100 * out
         for out, size, scale in zip(results, sizes, scales, strict=False)
     ):
-        raise _Wrong(f"its scales are {scales}, which do not make {list(results)} of {list(sizes)}")
+        raise Wrong(f"its scales are {scales}, which do not make {list(results)} of {list(sizes)}")
 
 
 def _rounded(args: Args) -> None:
@@ -484,119 +478,7 @@ def check_given_back(op: str, made: Sequence[Any], args: Args) -> None:
     _held(op, rule, args)
 
 
-# -- elements ---------------------------------------------------------------------------------------------
-
-Ranges = Iterator[tuple[Any, int, int]]  # indices, the least that each may be, the most
-
-
-def _ranged(ranges: Callable[[Args], Ranges]) -> Rule:
-    def rule(args: Args) -> None:
-        for index, least, most in ranges(args):
-            if index.numel():
-                found = [int(bound) for bound in index.aminmax()]
-                if found[0] < least or found[1] > most:
-                    raise _Wrong(f"an index is out of range; each is from {least} to {most}")
-
-    return rule
-
-
-def _planes(dims: int) -> Rule:
-    """Positions within the last `dims` dimensions of `self`."""
-
-    def ranges(args: Args) -> Ranges:
-        yield args["indices"], 0, math.prod(args["self"].shape[-dims:]) - 1
-
-    return _ranged(ranges)
-
-
-def _rows(args: Args) -> Ranges:
-    """Rows of an embedding's weights."""
-    yield args["indices"], 0, args["num_weights"] - 1
-
-
-def _classes(args: Args) -> Ranges:
-    """Classes of a loss; `ignore_index` stands for none."""
-    target, sizes = args["target"], tuple(args["self"].shape) or (1,)
-    if "ignore_index" in args:
-        target = target[target != args["ignore_index"]]
-    yield target, 0, (sizes[1] if len(sizes) > 1 else sizes[0]) - 1
-
-
-def _labels(args: Args) -> Ranges:
-    """Classes of a loss with several; -1 ends them."""
-    yield args["target"], -1, (tuple(args["self"].shape) or (1,))[-1] - 1
-
-
-def _steps(matrix: str, pivots: str) -> Rule:
-    """Rows that a factorisation has swapped, counted from 1."""
-
-    def ranges(args: Args) -> Ranges:
-        yield args[pivots], 1, args[matrix].shape[-2]
-
-    return _ranged(ranges)
-
-
-_LOW = 0xFFFFFFFF
-
-
-def _divided(args: Args) -> None:
-    """The least integer by -1 is more than the most, and the processor stops at that. Whichever type torch makes of
-    the two, these bits are left of them."""
-    dividend, divisor = _integers(args["self"]), _integers(args["other"])
-    if args.get("rounding_mode") is None or dividend is None or divisor is None:
-        return
-    least = ((dividend & _LOW) == 1 << 31) | (dividend == -(1 << 63))
-    if _any(least) and _any((divisor & _LOW) == _LOW):
-        raise _Wrong("the least integer of its type by -1 is none of its type")
-
-
-def _integers(value: Any) -> Any:
-    """As 64-bit integers; `None` for floats."""
-    if isinstance(value, int):
-        return value
-    if not _is_tensor(value) or value.is_floating_point() or value.is_complex():
-        return None
-    return value.long()
-
-
-def _any(truths: Any) -> bool:
-    return bool(truths.any()) if _is_tensor(truths) else bool(truths)
-
-
-def _is_tensor(value: Any) -> bool:
-    return hasattr(value, "numel")
-
-
-def _finite(args: Args) -> None:
-    """No infinity, nothing that is not a number."""
-    if not bool(args["self"].isfinite().all()):
-        raise _Wrong("'self' has elements that are infinite or not a number")
-
-
-def _counted(args: Args) -> None:
-    """Numbers, which a loop counts down."""
-    if bool(args["count"].isnan().any()) or bool(args["prob"].isnan().any()):
-        raise _Wrong("'count' or 'prob' has elements that are not a number")
-
-
-_VALUES: dict[str, Rule] = {
-    "_linalg_eigvals": _finite,
-    "adaptive_max_pool2d_backward": _planes(2),
-    "adaptive_max_pool3d_backward": _planes(3),
-    "binomial": _counted,
-    "div": _divided,
-    "embedding_dense_backward": _ranged(_rows),
-    "fractional_max_pool2d_backward": _planes(2),
-    "fractional_max_pool3d_backward": _planes(3),
-    "linalg_lu_solve": _steps("LU", "pivots"),
-    "lu_unpack": _steps("LU_data", "LU_pivots"),
-    "max_pool2d_with_indices_backward": _planes(2),
-    "max_pool3d_with_indices_backward": _planes(3),
-    "multi_margin_loss_backward": _ranged(_classes),
-    "multilabel_margin_loss_backward": _ranged(_labels),
-    "nll_loss2d_backward": _ranged(_classes),
-    "nll_loss_backward": _ranged(_classes),
-}
+# -- elements that need no look ---------------------------------------------------------------------------
 
 # What finds the indices that these follow.
 _FOUND_BY = {
