@@ -15,7 +15,6 @@ from ..host.config import CONFIG_FILE, Config
 from ..identity.enrolment import join
 from ..identity.invitation import Invitation
 from ..owner.files import make_folder
-from ..owner.policies import POLICY_FOLDER
 from ..owner.signing import OwnerKey
 
 __all__ = ["Folder", "app", "in_folder", "worker_folder"]
@@ -45,6 +44,8 @@ def init(
     config = Config.create(place, name, listen)
     typer.echo(f"Worker '{config.name}' is in {place}, and will listen at {config.listen}. Its settings: {CONFIG_FILE}")
     OwnerKey.create(place)
+    from ..owner.policies import POLICY_FOLDER  # numpy comes with what policies say: here, so that --help stays quick
+
     make_folder(place / POLICY_FOLDER)
     typer.echo("owner.key signs what you decide about your data: keep it, and keep it to yourself")
     keys = place / config.identity.folder
