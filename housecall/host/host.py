@@ -276,11 +276,11 @@ class Host:
                 self._ended[seat.token] = seat.principal, why
                 while len(self._ended) > ENDED:
                     self._ended.popitem(last=False)
-        seat.finish(why)
-        self._look_again()
-        if known:
+        if known:  # said before its client hears of it
             reason = f": {why.reason}" if why.reason else ""
             log.info("session of %s ended%s", seat.principal, reason, extra=self._about("ended", seat))
+        seat.finish(why)
+        self._look_again()
 
     def tidy(self) -> None:
         """End the sessions whose clients have been away for longer than the lease, whose principals are revoked, or
