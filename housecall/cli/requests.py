@@ -82,9 +82,10 @@ def approve(
     expires = datetime.now(UTC) + timedelta(hours=hours)
     made = kept.approve(request.id, key, uses, expires, words, release=release)
     leaves = ", and what its runs make may leave" if made.release else ""
+    where = f" --folder {place}" if folder else ""
     typer.echo(
         f"{request.id} is approved for {_who(request)}: {_often(made.uses)} until {made.expires:%Y-%m-%d %H:%M} UTC"
-        f"{leaves}. To withdraw it: housecall worker deny {request.id} --reason TEXT"
+        f"{leaves}. To withdraw it: housecall worker deny {request.id}{where} --reason TEXT"
     )
     for problem in _without_effect(place, request):
         typer.secho(f"But as the policies stand it has no effect: {problem}", err=True, fg="yellow")
