@@ -17,8 +17,8 @@ from housecall.errors import ProgramError, UnknownOperator
 from housecall.program import run as run_module
 from housecall.program.call import HOLE, Call, Complex, Input, Items, Program, Symbol, call_text, refs
 from housecall.program.check import check, check_call
-from housecall.program.ops import operator, table
-from housecall.program.run import WITHOUT_META, Randomness, overload, run, type_program
+from housecall.program.forecast import type_program
+from housecall.program.run import Randomness, run
 from housecall.program.typing import DTYPES, type_of
 from housecall.types import Ref, TensorType
 
@@ -474,17 +474,33 @@ def test_typing_a_huge_program_computes_nothing() -> None:
 
 
 def test_what_meta_tensors_cannot_do_types_nothing() -> None:
-    """Operators that make nothing and have no meta kernel are passed over where types are wanted."""
-    keys = torch._C.DispatchKey.Meta, torch._C.DispatchKey.CompositeExplicitAutograd
-    silent = [name for name in table() if not operator(name).returns]
-    found = {name for name in silent if not any(overload(name).has_kernel_for_dispatch_key(key) for key in keys)}  # type: ignore[attr-defined]  # an overload's
-    assert found == WITHOUT_META
-    assert all(operator(name).in_place for name in found)
+    """An operator that makes nothing needs no meta kernel."""
     options = {"weight_decay": 0.0, "momentum": 0.0, "lr": 0.1, "dampening": 0.0, "nesterov": False, "maximize": False}
     step = call("_fused_sgd_.default", Items((X,)), Items((W,)), Items(()), is_first_step=True, **options)
-    inputs = Input("x", 1, typed(3), updates=True), Input("grad", 2, typed(3))
+    inputs = Input("x", 1, typed(3), updates=True), Input("grad", 2, typed(3), updates=True)
     program = Program(inputs, (step, call("neg.default", X, outs=(3,))), (("y", 3),))
     assert type_program(program) == {"y": typed(3)}
+
+
+def test_typing_makes_nothing_that_a_program_makes_itself() -> None:
+    """A factory's values would be real, and a kernel that trusts an index would follow it anywhere."""
+    many = call("full.default", Items((1 << 40,)), 1.0, outs=(2,))
+    pool = [Ref(4), Ref(5), Items((2, 2)), Items((2, 2)), Items((0, 0)), Items((1, 1)), False, Ref(6)]
+    wild = (
+        call("full.default", Items((1, 1, 1, 1)), 1.0, outs=(4,)),
+        call("zeros.default", Items((1, 1, 2, 2)), outs=(5,)),
+        call("full.default", Items((1, 1, 1, 1)), 1 << 40, outs=(6,), dtype=Symbol("dtype", "int64")),
+        call("max_pool2d_with_indices_backward.default", *pool, outs=(7,)),
+    )
+    program = Program((Input("x", 1, typed(2)),), (many, *wild), (("y", 2), ("z", 7)))
+    types = type_program(program)
+    assert (types["y"].shape, types["z"].shape) == ((1 << 40,), (1, 1, 2, 2))
+
+
+def test_typing_makes_no_more_results_than_there_are_ids_for() -> None:
+    made = call("zeros.default", Items((1 << 40,)), outs=(2,)), call("unbind.int", Ref(2), outs=(3,))
+    with pytest.raises(ProgramError, match="results, and 1 ids"):
+        type_program(Program((Input("x", 1, typed(2)),), made, (("y", 3),)))
 
 
 def test_an_unknown_dtype_is_refused() -> None:

@@ -31,9 +31,9 @@ from ..errors import PlaceError, ProgramError, UsageError
 from ..program.call import Arg, Call, Program
 from ..program.check import check
 from ..program.files import save_program
+from ..program.forecast import type_program
 from ..program.ops import operator
 from ..program.outcome import Spec, spec
-from ..program.run import type_program
 from ..types import Ref
 from ..wire.messages import Run
 from .calls import point

@@ -18,18 +18,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from ..errors import LimitError, ProgramError
+from ..types import TensorType
 from .bounds import BOUNDED, bound, pieces, reads_values, scratch, work
-from .call import Call
+from .call import HOLE, Call, Program, with_numbers
+from .check import check
 from .ops import operator
 from .outcome import Spec, expected, spec, stand_in
 from .run import arguments_of, computing, overload
 from .trust import FORWARDS, check_given_back, check_types
 from .typing import address_of, meta, type_of
 
-__all__ = ["MOST_DIMS", "WRAPS", "Forecast", "Made", "forecast", "shown_by_shape"]
+__all__ = ["MOST_DIMS", "WRAPS", "Forecast", "Made", "forecast", "shown_by_shape", "type_program"]
 
 WRAPS = 1 << 62  # bytes: near here torch's own arithmetic wraps around
 MOST_DIMS = 64  # as many as torch's kernels take; sizes and strides are memory too
+_STEPS = 10**9  # of a loop that types a call
 
 
 class Made(NamedTuple):
@@ -100,6 +103,28 @@ def shown_by_shape(call: Call, values: Mapping[int, Any]) -> bool:
         return False
     args = arguments_of(call, values)
     return not _at_positions(args)
+
+
+def type_program(program: Program) -> dict[str, TensorType]:
+    """The types of a program's outputs, from the forecasts of its calls: nothing is computed, whatever it says, and no
+    kernel is given values of the program's own making. Raises as `check` and `forecast` do."""
+    check(program)
+    program = with_numbers(program, {name: 0.0 for name, _ in program.numbers})
+    if any(len(item.type.shape) > MOST_DIMS for item in program.inputs):
+        raise ProgramError(f"an input has more than {MOST_DIMS} dimensions")
+    values = {item.id: meta(item.type) for item in program.inputs}
+    for call in program.calls:
+        made = forecast(call, values, 0, _STEPS).made
+        if made is None and call.outs:
+            raise ProgramError(f"what {call.op} gives is not known before it runs")
+        for out, one in zip(call.outs, made or (), strict=False):
+            if out != HOLE and one is not None:
+                values[out] = meta(one.spec.type)
+    missing = [name for name, ref in program.outputs if ref not in values]
+    if missing:
+        raise ProgramError(f"output '{missing[0]}' is a result that is none")
+    types = {name: type_of(values[ref]) for name, ref in program.outputs}
+    return {name: msgspec.structs.replace(type_, device="cpu") for name, type_ in types.items()}
 
 
 class _Rule:

@@ -1,5 +1,5 @@
-"""The interpreter: on values it executes, on meta tensors it types. It stands on torch, as do `typing`,
-`outcome` and `forecast`; the rest of this package does not.
+"""The interpreter: it executes calls on values. It stands on torch, as do `typing`, `outcome` and `forecast`; the rest
+of this package does not.
 
 A call names its operator; only a name that the closed table holds is ever looked up in torch. A binding may
 hold an exception instead of a tensor (a call that failed): whoever reads it gets the exception.
@@ -13,18 +13,16 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 import torch
 
 from ..errors import ProgramError
-from ..types import Ref, TensorType
+from ..types import Ref
 from .call import HOLE, Arg, Call, Complex, Items, Program, Symbol, refs, with_numbers
 from .check import check, complete_arguments
 from .ops import Return, operator
-from .typing import meta, symbol, type_of
+from .typing import symbol
 
 __all__ = [
-    "WITHOUT_META",
     "Randomness",
     "arguments_of",
     "computing",
@@ -32,23 +30,10 @@ __all__ = [
     "last_uses",
     "overload",
     "run",
-    "type_program",
     "value_of",
 ]
 
 Values = MutableMapping[int, Any]
-
-# Operators that make nothing, only change elements, and have no kernel for meta tensors, which have none.
-WITHOUT_META = frozenset(
-    {
-        "_fused_adagrad_.default",
-        "_fused_adagrad_.tensor_lr",
-        "_fused_adam_.tensor_lr",
-        "_fused_adamw_.tensor_lr",
-        "_fused_sgd_.default",
-        "_fused_sgd_.tensor_lr",
-    }
-)
 
 
 def overload(name: str) -> Callable[..., Any]:
@@ -259,13 +244,3 @@ def last_uses(program: Program) -> dict[int, list[int]]:
         if ref not in kept:
             dead.setdefault(number, []).append(ref)
     return dead
-
-
-def type_program(program: Program) -> dict[str, TensorType]:
-    """The types of a program's outputs, found by running it on meta tensors: nothing is computed."""
-    calls = tuple([call for call in program.calls if call.op not in WITHOUT_META])
-    program = msgspec.structs.replace(program, calls=calls)
-    inputs = {item.name: meta(item.type) for item in program.inputs}
-    numbers = {name: 0.0 for name, _ in program.numbers}
-    types = {name: type_of(value) for name, value in run(program, inputs, None, numbers).items()}
-    return {name: msgspec.structs.replace(type_, device="cpu") for name, type_ in types.items()}

@@ -33,8 +33,9 @@ from ..owned.description import Owned
 from ..privacy.accounting import exact
 from ..privacy.laplace import Below
 from ..program.call import Call, Program
+from ..program.forecast import type_program
 from ..program.ops import operator
-from ..program.run import Randomness, type_program
+from ..program.run import Randomness
 from ..program.typing import DTYPES
 from ..types import Label
 from ..wire.messages import Evaluate, Failure, Noised, Run, Statistic

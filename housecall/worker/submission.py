@@ -36,8 +36,8 @@ from ..errors import ProgramError
 from ..owner.approvals import Approval
 from ..program.call import Program, text
 from ..program.flow import flow
+from ..program.forecast import type_program
 from ..program.ops import operator
-from ..program.run import type_program
 from ..types import PUBLIC, Label, TensorType
 from .store import Cell, Store
 
