@@ -142,6 +142,23 @@ def measured(values: list[float], people: list[int] | None, slope: float) -> Rec
     return recorded
 
 
+def test_no_record_decides_which_way_the_others_go(clinic: hc.VirtualWorker) -> None:
+    """A run goes call by call, or by its precedent, which is kept of one in which nothing failed. What batch
+    normalisation gives beside its result tells the two apart: zeros for each channel, or nothing at all."""
+
+    def tells(x: torch.Tensor, table: torch.Tensor, mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        is_she = x.sum() > 1000
+        torch.index_select(table, 0, (~is_she).long().mul(7).view(1))  # fails on all but her; nobody reads it
+        return torch.ones_like(torch.native_batch_norm(x, None, None, mean, var, False, 0.1, 1e-5)[1]).sum()
+
+    others, found = torch.randn(60, 4), []
+    for name, first in (("there", torch.full((1, 4), 500.0)), ("gone", others[:1])):
+        clinic.add(name, x=torch.cat([first, others[1:]]), policy=exactly())
+        given = torch.zeros(2), torch.zeros(4), torch.ones(4)
+        found.append(clinic.dataset(name).evaluate(tells, "x", *given, bounds=(0, 4)).value)
+    assert found[0] == found[1]
+
+
 numbers = st.sampled_from([0.0, 1.0, -3.0, 1e300, math.inf, -math.inf, math.nan]) | st.floats(-5, 5)
 
 

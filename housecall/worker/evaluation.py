@@ -42,6 +42,7 @@ from ..wire.messages import Evaluate, Failure, Noised, Run, Statistic
 from .gate import Gate, Who
 from .history import History
 from .limits import Meter
+from .plan import Precedents
 from .plans import Plans
 from .release import release_noised
 from .statistics import check_bounds, check_same, mean_of, registered
@@ -93,6 +94,7 @@ class Evaluation:
         _check_score(self._program)
         _check_inputs(self._program, message.inputs, self.owned, held)
         check_bounds(Statistic("mean", "score", message.bounds))
+        self._precedents = Precedents()  # of no other runs: private elements may have decided those of the session
         self._label = Label((self.owned.name,), (self.owned.name,) if self.owned.unit == "person" else ())
         self._check_types()
 
@@ -132,7 +134,7 @@ class Evaluation:
         yield release_noised(values, scale, gate, who, paid)
 
     def _loop(self) -> _Loop:
-        return _Loop(self._message, self._plans, self._held, self._meter, self._label, self._device)
+        return _Loop(self._message, self._plans, self._held, self._meter, self._label, self._device, self._precedents)
 
     def _check_types(self) -> None:
         """A record of zeros tells what would be refused of every record. Raises that."""
@@ -142,6 +144,7 @@ class Evaluation:
         }
         loop = self._loop()
         loop.score(blank)
+        self._precedents.closed = True
         if loop.refused is not None:
             raise loop.refused
 
@@ -150,9 +153,17 @@ class _Loop:
     """Runs of a program on one record each, in a store of their own. `refused`: the first that its caller may know."""
 
     def __init__(
-        self, message: Evaluate, plans: Plans, held: Store, meter: Meter, label: Label, device: torch.device
+        self,
+        message: Evaluate,
+        plans: Plans,
+        held: Store,
+        meter: Meter,
+        label: Label,
+        device: torch.device,
+        precedents: Precedents,
     ) -> None:
         self._message, self._plans, self._parent, self._label, self._device = message, plans, meter, label, device
+        self._precedents = precedents
         self._inputs = tuple(range(1, 1 + len(message.inputs)))
         self._store = Store()
         left = None if meter.limits.session_bytes is None else max(0, meter.limits.session_bytes - held.held)
@@ -165,13 +176,15 @@ class _Loop:
                 self._store.count(ref, held[item], held.specs[item])
 
     def score(self, record: Mapping[str, torch.Tensor]) -> float | None:
-        """What the program gives for one record; `None` if it failed."""
+        """What the program gives for one record; `None` if it failed. Raises `LimitError` when time is over."""
         store, message = self._store, self._message
         self._meter.history, self._meter.spent = History(), self._parent.spent
+        self._meter.check_time("evaluate")
         columns = [(ref, item) for ref, item in zip(self._inputs, message.inputs, strict=True) if isinstance(item, str)]
         for ref, name in columns:
             store.lend(ref, record[name].to(self._device), self._label)
-        for _ in self._plans.run(Run(message.digest, self._inputs, (_OUT,)), store, self._meter, self._report):
+        run = Run(message.digest, self._inputs, (_OUT,))
+        for _ in self._plans.run(run, store, self._meter, self._report, precedents=self._precedents):
             pass
         value, cell = store.get(_OUT), store.cells.get(_OUT)
         failed = cell is not None and cell.failed

@@ -33,13 +33,11 @@ from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Run
 from .history import Episode
 from .limits import Meter
-from .plan import NONE, Plan, Report
+from .plan import NONE, Plan, Precedents, Report
 from .private import blank, note_failure, settled
 from .store import Cell, Failed, Store
 
 __all__ = ["Metered", "Precedent"]
-
-MOST = 64  # precedents of one plan
 
 
 class Precedent(NamedTuple):
@@ -67,26 +65,35 @@ class Precedent(NamedTuple):
 
 
 class Metered:
-    """One run through a meter: see NOTE [The first run and those after it]. `values` are those of its inputs."""
+    """One run through a meter: see NOTE [The first run and those after it]. `values` are those of its inputs,
+    `precedents` those by which it goes, the program's own unless said."""
 
     def __init__(
-        self, plan: Plan, message: Run, values: list[Any], store: Store, meter: Meter, ids: Iterator[int]
+        self,
+        plan: Plan,
+        message: Run,
+        values: list[Any],
+        store: Store,
+        meter: Meter,
+        ids: Iterator[int],
+        precedents: Precedents | None = None,
     ) -> None:
         self._plan, self._message, self._values = plan, message, values
         self._store, self._meter, self._ids = store, meter, ids
+        self._precedents = plan.precedents if precedents is None else precedents
         self._inputs = {item.id: ref for item, ref in zip(plan.program.inputs, message.inputs, strict=True)}
 
     def run(self, report: Report, every: int) -> Iterator[None]:
         """Run it; `report` is told of each call that fails and may be told."""
         key = self._key()
-        known = self._plan.precedents.get(key) if key is not None else None
-        if known is not None and self._allows(known):
+        known = self._precedents.get(key) if key is not None else None
+        if known is not None and (self._precedents.closed or self._allows(known)):
             yield from self._as(known, report, every)
             return
         walk = _CallByCall(self._plan, self._message, self._inputs, self._store, self._meter, self._ids)
         yield from walk.run(report)
-        if key is not None and walk.precedent is not None and len(self._plan.precedents) < MOST:
-            self._plan.precedents[key] = walk.precedent
+        if key is not None and walk.precedent is not None:
+            self._precedents.learn(key, walk.precedent)
 
     def _allows(self, known: Precedent) -> bool:
         return self._meter.allows(known.most, known.flops, known.fresh, known.slots, 2 * known.seconds)

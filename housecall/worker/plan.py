@@ -29,7 +29,7 @@ from ..types import Ref
 from .reuse import in_place, taken_over, writes_are_its_own
 from .store import Failed, Halt
 
-__all__ = ["NONE", "Plan", "Report"]
+__all__ = ["NONE", "Plan", "Precedents", "Report"]
 
 NONE = "a result that is read later is none"
 
@@ -37,12 +37,25 @@ NONE = "a result that is read later is none"
 # thing for all, or a list with one for each of its ids.
 Report = Callable[[int, Call, Exception], Any]
 
+_MOST = 64  # precedents of one plan
 _TEXT = 300  # characters of a name in an error
 
 # A call's number, its function, what gives its arguments from the registers, the register of its result or pairs
 # (which of its results, register), and the registers that nothing reads after it.
 _Out = int | tuple[tuple[int, int], ...]
 _Step = tuple[int, Callable[..., Any], Callable[[list[Any]], Any], _Out, tuple[int, ...]]
+
+
+class Precedents(dict[Any, Any]):
+    """What `metered` keeps of the runs of one program, by what decides how a run is judged. `closed`: what is there
+    holds for every run alike and nothing is added, so that what one run does decides nothing of how the next goes."""
+
+    closed = False
+
+    def learn(self, key: Any, precedent: Any) -> None:
+        """Keep what a run took, as long as there is room."""
+        if not self.closed and len(self) < _MOST:
+            self[key] = precedent
 
 
 class Plan:
@@ -56,7 +69,7 @@ class Plan:
                 raise ProgramError(f"input '{item.name}': unknown dtype '{item.type.dtype[:_TEXT]}'")
         self.updates = tuple([item for item in program.inputs if item.updates])
         self.alike = writes_are_its_own(program)  # else a run on other slots may write where this one did not
-        self.precedents: dict[Any, Any] = {}  # what `metered` keeps of runs
+        self.precedents = Precedents()
         compiler = _Compiler(self, randomness, halt)
         self._blank, self._steps, self._outs, self._names = (
             compiler.blank, compiler.steps, compiler.outs, compiler.names,

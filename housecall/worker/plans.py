@@ -25,7 +25,7 @@ from ..wire.messages import Frame, Run
 from .device import at_home
 from .limits import Meter
 from .metered import Metered
-from .plan import Plan, Report
+from .plan import Plan, Precedents, Report
 from .private import draws_of
 from .store import Draws, Failed, Halt, Missing, Store
 
@@ -96,14 +96,23 @@ class Plans:
             raise ProgramError(f"this session has no program {digest[:64]}; {why}")
         return plan
 
-    def run(self, message: Run, store: Store, meter: Meter | None, report: Report, every: int = 1) -> Iterator[None]:
+    def run(
+        self,
+        message: Run,
+        store: Store,
+        meter: Meter | None,
+        report: Report,
+        every: int = 1,
+        precedents: Precedents | None = None,
+    ) -> Iterator[None]:
         """Run a program on slots of a store, `every` so many calls at a time; `report` is told of each that fails, as
-        one would whose arguments do not fit. Raises, with nothing changed and nothing bound, what `check` does."""
+        one would whose arguments do not fit. Through a meter it goes by these `precedents`, or by the program's own.
+        Raises, with nothing changed and nothing bound, what `check` does."""
         plan = self._plan(message.digest)
         self.check(message, store)
         values = [_value(ref, store) for ref in message.inputs]
         if meter is not None:
-            return Metered(plan, message, values, store, meter, self._ids).run(report, every)
+            return Metered(plan, message, values, store, meter, self._ids, precedents).run(report, every)
         return _free(plan, message, store, values, report, every)
 
     def check(self, message: Run, store: Store) -> None:
