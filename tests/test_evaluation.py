@@ -355,3 +355,22 @@ def test_it_is_no_way_around_what_a_session_may_hold() -> None:
     reply = worker.open("me").handle(Frame(1, (Define(program), Evaluate("heart", program.digest, ("x",), (0.0, 1.0)))))
     assert "LimitError: repeat.default" in reply.failures[0].reason
     assert not [sealed for sealed in owner.ledger.entries() if sealed.entry.kind == "reserve"]
+
+
+def test_a_mean_of_data_that_was_replaced_meanwhile_stays() -> None:
+    worker, owner = Worker("clinic"), hc.VirtualWorker(id="other").owner
+    worker.gate = owner.gate
+    worker.catalogue.register("heart", {"x": X.clone()})
+    owner.policies.register("heart", noised())
+    program = hc.record(lambda x: x.sum(), X[:1]).program
+    steps = worker.open("me").work(Frame(1, (Define(program), Evaluate("heart", program.digest, ("x",), (0.0, 1.0)))))
+    for _ in range(9):
+        next(steps)
+    worker.catalogue.register("heart", {"x": X + 1}, replace=True)
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        reply = end.value
+    assert reply.results == ()
+    assert "removed or replaced meanwhile" in reply.failures[0].reason

@@ -14,13 +14,13 @@ from torch import nn
 
 import housecall as hc
 from housecall.errors import PolicyError, UsageError
-from housecall.owner.policy import Budget, Policy, Release, Use
+from housecall.owner.policy import Budget, Plans, Policy, Release, Use
 from housecall.privacy.clip import Clip
 from housecall.privacy.noise import Noise
 from housecall.program.call import Call, Items
 from housecall.transport.arrays import share
 from housecall.types import Ref
-from housecall.wire.messages import Frame, Load, Put, Update, Updated
+from housecall.wire.messages import Define, Frame, Load, Put, Run, Update, Updated
 from housecall.worker.limits import Limits
 from housecall.worker.worker import Worker
 
@@ -267,3 +267,35 @@ def test_a_failed_private_call_is_not_told_by_an_update(clinic: hc.VirtualWorker
     with torch.no_grad():
         model.weight.copy_(F.embedding(clinic.dataset("heart").column("code"), torch.ones(3, 1).send(clinic)))
     assert model.get_update(start).left < 1e6
+
+
+def test_a_column_that_only_programs_may_read_is_no_update(clinic: hc.VirtualWorker) -> None:
+    """What an accepted program makes of it is one."""
+    rules = Policy(use=Use(plans=("me",)), plans=Plans(digests=("*",)), release=Release(update=(Clip(norm=1e9),)))
+    clinic.add("heart", x=X, policy=rules)
+    door = clinic.worker.open("me")
+    program = hc.record(lambda x: 2 * x, X).program
+    door.handle(Frame(900, (Load("heart", (701,)), Put(702, share(torch.zeros(40, 4))), Define(program))))
+    reply = door.handle(Frame(901, (Update((701,), (702,)),)))
+    assert "no accepted program has made this value" in reply.failures[0].reason
+    door.halt.cause = None
+    reply = door.handle(Frame(902, (Run(program.digest, (701,), (703,)), Update((703,), (702,)))))
+    assert torch.equal(reply.results[0].arrays[0].data, 2 * X)
+
+
+def test_an_update_takes_as_much_of_a_reply_as_it_fills() -> None:
+    """A number that is repeated is said as one, and leaves as many."""
+    worker = Worker("clinic", Limits(reply_bytes=1_000_000))
+    owner = hc.VirtualWorker(id="other").owner
+    worker.gate = owner.gate
+    worker.catalogue.register("heart", {"x": X.clone()})
+    owner.policies.register("heart", through(CLIP, epsilon=0, delta=0))
+    door, many = worker.open("me"), Items((1_000, 1_000))
+    made = (
+        Call("sum.default", (Ref(1),), {}, (2,)),
+        Call("expand.default", (Ref(2), many), {}, (3,)),
+        Call("expand.default", (Ref(4), many), {}, (5,)),
+    )
+    reply = door.handle(Frame(1, (Load("heart", (1,)), Put(4, share(torch.zeros(1))), *made, Update((3,), (5,)))))
+    assert reply.results == ()
+    assert "update would take 4,000,000 bytes of a reply" in reply.failures[0].reason

@@ -128,6 +128,7 @@ class Evaluation:
                 raise loop.refused
             scores[at] = math.nan if found is None else found
             yield None
+        check_same(self.owned.name, self._identity, self._catalogue.identity(self.owned.name))  # replaced meanwhile
         cost = paid.entry.privacy
         spread = 1 / exact(cost.epsilon) if cost is not None else Fraction()
         values, scale = mean_of(self.owned, whole.columns, scores, self._message.bounds, spread, below)

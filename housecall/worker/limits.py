@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -32,7 +32,7 @@ from ..program.call import HOLE, Arg, Call, Complex, Items
 from ..program.check import arguments
 from ..program.forecast import WRAPS, Forecast, forecast
 from ..program.ops import Operator, operator
-from ..program.outcome import by_kind, spec
+from ..program.outcome import Spec, by_kind, spec
 from ..program.run import Randomness, arguments_of, execute, value_of
 from ..program.trust import check_values, trusts_values
 from ..program.typing import type_of
@@ -291,6 +291,10 @@ class Meter:
         """Refuse a value that would make the reply too large: views are filled up before they leave."""
         rows = zip(value.shape, value.stride(), strict=True)
         self._leaves("fetch", math.prod(n for n, step in rows if step) * value.element_size())
+
+    def check_filled(self, what: str, specs: Iterable[Spec]) -> None:
+        """Refuse values of these types that would make the reply too large, where none is a view."""
+        self._leaves(what, sum(spec.size.numel() * spec.dtype.itemsize for spec in specs))
 
     def check_time(self, what: str) -> None:
         """Refuse what is no call and takes time, if there is none left."""

@@ -18,14 +18,14 @@ from collections.abc import Callable, Generator, Iterator
 import msgspec
 import torch
 
-from ..errors import HousecallError, LimitError, ProgramError, UsageError
+from ..errors import HousecallError, LimitError, PolicyError, ProgramError, UsageError
 from ..owned.catalogue import Catalogue
 from ..owned.description import Owned
 from ..program.call import HOLE, Call, text
 from ..program.run import Randomness, computing, execute
 from ..program.typing import type_of
 from ..transport.arrays import share
-from ..types import PUBLIC, TensorType
+from ..types import PUBLIC, Label, TensorType
 from ..wire import messages as wire
 from ..wire.messages import (
     Array,
@@ -345,13 +345,24 @@ class WorkerSession:
         """An update, through the stages that it must pass. Raises `UsageError`, `PolicyError`, `LedgerError`."""
         label = derives_from(message, self.store)
         self.loans.check(label.sources)
+        self._check_made(message.ids)
         if self.meter is not None:
-            for ref in message.ids:
-                self.meter.check_release(self.store[ref])
+            self.meter.check_time("update")
+            self.meter.check_filled("update", [self.store.specs[ref] for ref in message.ids])
             self.meter.check_room("update", 0, room(message, self.store))
         found = updated(message, label, self.store, self.worker.catalogue, self.worker.gate, self.who)
         self.loans.check(label.sources)  # replaced while it was decided
         return found
+
+    def _check_made(self, ids: tuple[int, ...]) -> None:
+        """Refuse what derives from data that only programs may read, and no accepted one has made: a column itself.
+        Raises `PolicyError`."""
+        for ref in ids:
+            names = self.loans.uses.among(self.store.label(ref))
+            if names and self.submissions.origin(ref) is None:
+                text = f"data set '{names[0]}' is for programs only, and no accepted program has made this value"
+                self.worker.gate.refuse(self.who, Label(names), text)
+                raise PolicyError(text)
 
     def _mock(self, name: str) -> Mocked:
         """What an owner gives to whoever asks: no policy is asked, and it is no value of this session."""
