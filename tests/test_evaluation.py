@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -323,7 +324,7 @@ def test_the_ledger_has_it_before_and_after(clinic: hc.VirtualWorker) -> None:
 
 
 def test_a_loop_ends_when_the_time_of_a_session_is_over() -> None:
-    """And others have had their turns in between: each record is a step."""
+    """And others have had their turns in between: each call is a step."""
     ticks = iter(range(10**9))
     worker = Worker("clinic", Limits(compute_s=60.0), clock=lambda: float(next(ticks)))
     owner = hc.VirtualWorker(id="other").owner
@@ -374,3 +375,23 @@ def test_a_mean_of_data_that_was_replaced_meanwhile_stays() -> None:
         reply = end.value
     assert reply.results == ()
     assert "removed or replaced meanwhile" in reply.failures[0].reason
+
+
+def test_the_time_of_a_session_ends_within_a_record_too() -> None:
+    """That of zeros, before anybody is asked."""
+    ticks = iter(range(10**9))
+    worker = Worker("clinic", Limits(compute_s=60.0), clock=lambda: float(next(ticks)))
+    worker.gate = hc.VirtualWorker(id="other").owner.gate
+    worker.catalogue.register("heart", {"x": X.clone()})
+    program = hc.record(lambda x: functools.reduce(lambda y, _: y + 1, range(1000), x).sum(), X[:1]).program
+    door = worker.open("nobody")
+    steps = door.work(Frame(1, (Define(program), Evaluate("heart", program.digest, ("x",), (0.0, 1.0)))))
+    count = 0
+    try:
+        while True:
+            next(steps)
+            count += 1
+    except StopIteration as end:
+        reply = end.value
+    assert 10 < count < 100
+    assert "computing time" in reply.failures[0].reason

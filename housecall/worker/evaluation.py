@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from fractions import Fraction
 from functools import cached_property
 
@@ -79,8 +79,8 @@ class Score(Submission):
 
 
 class Evaluation:
-    """One mean score: checked when it is made, before its owner is asked. Raises `UsageError` and `ProgramError` for
-    what cannot be one.
+    """One mean score: checked when it is made, and by `check`, before its owner is asked. Raises `UsageError` and
+    `ProgramError` for what cannot be one. What takes time is done in steps, a call of the program each.
 
     `held` and `meter` are the session's; what the loop makes is beside them, within what they have left."""
 
@@ -96,7 +96,6 @@ class Evaluation:
         check_bounds(Statistic("mean", "score", message.bounds))
         self._precedents = Precedents()  # of no other runs: private elements may have decided those of the session
         self._label = Label((self.owned.name,), (self.owned.name,) if self.owned.unit == "person" else ())
-        self._check_types()
 
     @property
     def what(self) -> str:
@@ -115,19 +114,18 @@ class Evaluation:
         labels = [self._label if isinstance(item, str) else Label() for item in self._message.inputs]
         return Score(self._program, tuple(of), tuple(labels), self._message.bounds)
 
-    def answered(self, gate: Gate, who: Who, below: Below = secrets.randbelow) -> Iterator[Noised | None]:
-        """Decided, written down and paid for; then the loop, a step for each record; and last of all what leaves."""
+    def answered(self, gate: Gate, who: Who, below: Below = secrets.randbelow) -> Generator[Noised | None]:
+        """Decided, written down and paid for; then the loop, record by record; and last of all what leaves."""
         paid = gate.metric(who, registered(self._catalogue, self.owned), self.score, self.what)
         whole = self._catalogue.whole(self.owned.name)
         check_same(self.owned.name, self._identity, whole.identity)
         scores = torch.empty(self.owned.count, dtype=torch.float64)
         loop = self._loop()
         for at in range(self.owned.count):
-            found = loop.score({name: column[at : at + 1] for name, column in whole.columns.items()})
+            found = yield from loop.score({name: column[at : at + 1] for name, column in whole.columns.items()})
             if loop.refused is not None:  # the session's time is over: a mean of fewer records is none
                 raise loop.refused
             scores[at] = math.nan if found is None else found
-            yield None
         check_same(self.owned.name, self._identity, self._catalogue.identity(self.owned.name))  # replaced meanwhile
         cost = paid.entry.privacy
         spread = 1 / exact(cost.epsilon) if cost is not None else Fraction()
@@ -137,14 +135,14 @@ class Evaluation:
     def _loop(self) -> _Loop:
         return _Loop(self._message, self._plans, self._held, self._meter, self._label, self._device, self._precedents)
 
-    def _check_types(self) -> None:
+    def check(self) -> Iterator[None]:
         """A record of zeros tells what would be refused of every record. Raises that."""
         blank = {
             name: torch.zeros((1, *type_.shape), dtype=DTYPES[type_.dtype])
             for name, type_ in self.owned.columns.items()
         }
         loop = self._loop()
-        loop.score(blank)
+        yield from loop.score(blank)
         self._precedents.closed = True
         if loop.refused is not None:
             raise loop.refused
@@ -176,17 +174,19 @@ class _Loop:
                 self._store[ref] = held[item]
                 self._store.count(ref, held[item], held.specs[item])
 
-    def score(self, record: Mapping[str, torch.Tensor]) -> float | None:
-        """What the program gives for one record; `None` if it failed. Raises `LimitError` when time is over."""
+    def score(self, record: Mapping[str, torch.Tensor]) -> Generator[None, None, float | None]:
+        """What the program gives for one record, a step for each call; `None` if it failed. Raises `LimitError` when
+        the session's time is over."""
         store, message = self._store, self._message
-        self._meter.history, self._meter.spent = History(), self._parent.spent
-        self._meter.check_time("evaluate")
+        self._meter.history = History()
+        self._check_time()
         columns = [(ref, item) for ref, item in zip(self._inputs, message.inputs, strict=True) if isinstance(item, str)]
         for ref, name in columns:
             store.lend(ref, record[name].to(self._device), self._label)
         run = Run(message.digest, self._inputs, (_OUT,))
         for _ in self._plans.run(run, store, self._meter, self._report, precedents=self._precedents):
-            pass
+            yield
+            self._check_time()
         value, cell = store.get(_OUT), store.cells.get(_OUT)
         failed = cell is not None and cell.failed
         found = float(value) if isinstance(value, torch.Tensor) and not failed else None
@@ -194,6 +194,10 @@ class _Loop:
             store.drop(ref)
         store.lent.clear()  # of a device's copies, one record's at a time
         return found
+
+    def _check_time(self) -> None:
+        self._meter.spent = self._parent.spent  # which is counted between steps
+        self._meter.check_time("evaluate")
 
     def _report(self, number: int, call: Call, error: Exception) -> Failed:
         self.refused = self.refused or error

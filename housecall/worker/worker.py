@@ -323,13 +323,14 @@ class WorkerSession:
                 self.plans.define(program)
 
     def _evaluated(self, message: Evaluate, meter: Meter, results: list[Result]) -> Iterator[None]:
-        """A mean score, a step for each record. Raises `UsageError`, `PolicyError`, `LedgerError`, and what the program
-        would be refused for."""
+        """A mean score, a step for each call of its program. Raises `UsageError`, `PolicyError`, `LedgerError`, and
+        what the program would be refused for."""
         meter.check_time("evaluate")
         if self.halt.cause is not None:
             raise self.halt.cause
         worker = self.worker
         evaluation = Evaluation(message, worker.catalogue, self.plans, self.store, meter, worker.device)
+        yield from evaluation.check()
         if message.runs:
             names, count = (evaluation.owned.name,), evaluation.owned.count
             results.append(

@@ -379,7 +379,7 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     "score's column": (patch.object(evaluation, "Score", _score_of_whatever),),
     "withheld column": (
         patch.object(evaluation, "_check_inputs", lambda *args: None),
-        patch.object(evaluation.Evaluation, "_check_types", lambda self: None),
+        patch.object(evaluation.Evaluation, "check", lambda self: iter(())),
     ),
     "limits": (patch.object(limits, "_number", lambda limit: math.inf),),
     "table": (patch.object(ops, "table", lambda: _TABLE),),
