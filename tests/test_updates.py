@@ -299,3 +299,28 @@ def test_an_update_takes_as_much_of_a_reply_as_it_fills() -> None:
     reply = door.handle(Frame(1, (Load("heart", (1,)), Put(4, share(torch.zeros(1))), *made, Update((3,), (5,)))))
     assert reply.results == ()
     assert "update would take 4,000,000 bytes of a reply" in reply.failures[0].reason
+
+
+def test_a_buffer_that_no_state_has_comes_home_as_well(clinic: hc.VirtualWorker) -> None:
+    """And what a state has beside tensors is no matter."""
+
+    class Turned(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.register_buffer("signs", torch.ones(4), persistent=False)
+
+        def get_extra_state(self) -> Any:
+            return {"turned": True}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * self.signs)
+
+    clinic.add("heart", x=X, y=Y, policy=through(CLIP, LITTLE))
+    heart, start = clinic.dataset("heart"), Turned()
+    model: Any = trained(copy.deepcopy(start).send(clinic), heart.column("x"), heart.column("y"))  # type: ignore[operator]  # the hook added it
+    with pytest.raises(UsageError, match="signs"):
+        model.get_update(start.state_dict())
+    model.get_update(start)
+    assert type(model.signs) is torch.Tensor
+    assert torch.allclose(model.signs, torch.ones(4), atol=0.2)
+    assert model(X).shape == (40, 2)

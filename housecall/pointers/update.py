@@ -36,8 +36,8 @@ def get_update(module: nn.Module, since: nn.Module | Mapping[str, torch.Tensor])
 
     Raises `UsageError` for what is no update, and `PolicyError` if the owners' rules, or what is left of their budgets,
     say no; then the module is where it was."""
-    now = module.state_dict(keep_vars=True)
-    before = since.state_dict() if isinstance(since, nn.Module) else since
+    now = _tensors(module)
+    before = _tensors(since) if isinstance(since, nn.Module) else _without_extras(since)
     session = _session(now)
     pairs = _pairs(now, before)
     learnt = [(pointer, old) for pointer, old in pairs if old.is_floating_point()]
@@ -55,6 +55,17 @@ def get_update(module: nn.Module, since: nn.Module | Mapping[str, torch.Tensor])
             return_home(pointer, value)
     restore(modules_of(module))
     return UpdateAnswer(module, found.left)
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, those too that a `state_dict()` leaves out: they are at the worker as well."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def _without_extras(state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """A state without what modules add to it beside tensors (`get_extra_state`)."""
+    return {name: value for name, value in state.items() if name.rpartition(".")[2] != "_extra_state"}
 
 
 def _session(now: Mapping[str, Any]) -> Session:
