@@ -273,6 +273,17 @@ def test_frames_by_hand_are_looked_at_as_well() -> None:
     assert "finite" in answer("x", bounds=(math.nan, 1.0))
 
 
+def ended(steps: Iterator[None]) -> tuple[Any, int]:
+    """The reply at the end of all steps, and how many there were."""
+    count = 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value, count
+        count += 1
+
+
 # -- who may have one -------------------------------------------------------------------------------------------
 
 
@@ -334,16 +345,35 @@ def test_a_loop_ends_when_the_time_of_a_session_is_over() -> None:
     program = hc.record(lambda x: x.sum(), X[:1]).program
     door = worker.open("me")
     steps = door.work(Frame(1, (Define(program), Evaluate("heart", program.digest, ("x",), (0.0, 1.0)))))
-    count = 0
-    try:
-        while True:
-            next(steps)
-            count += 1
-    except StopIteration as end:
-        reply = end.value
+    reply, count = ended(steps)
     assert count > 5
     assert reply.results == ()
     assert "computing time" in reply.failures[0].reason
+
+
+def test_who_may_have_none_is_refused_before_her_program_is_looked_at(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing of it is typed or run, not on zeros either."""
+    clinic = hc.VirtualWorker(id="clinic")
+    clinic.add("heart", x=X, y=Y, policy=noised())
+    program = hc.record(lambda x: torch.linalg.cholesky(x.t() @ x).sum(), X[:1]).program
+    door = clinic.worker.open("nobody")
+    reply = door.handle(Frame(1, (Define(program), Evaluate("heart", program.digest, ("x",), (0.0, 1.0)))))
+    assert "rule use.plans" in reply.failures[0].reason
+    assert not door.plans._plan(program.digest).precedents
+    assert "failed on private data" not in caplog.text
+
+
+def test_a_right_that_ended_meanwhile_lets_nothing_out(clinic: hc.VirtualWorker) -> None:
+    clinic.add("heart", x=X, y=Y, policy=noised())
+    program = hc.record(lambda x: x.sum(), X[:1]).program
+    door = clinic.worker.open("me")
+    steps = door.work(Frame(1, (Define(program), Evaluate("heart", program.digest, ("x",), (0.0, 1.0)))))
+    for _ in range(20):
+        next(steps)
+    clinic.owner.policies.register("heart", Policy(version=2))
+    reply, _ = ended(steps)
+    assert reply.results == ()
+    assert "rule use.plans" in reply.failures[0].reason
 
 
 def test_it_is_no_way_around_what_a_session_may_hold() -> None:
@@ -381,17 +411,13 @@ def test_the_time_of_a_session_ends_within_a_record_too() -> None:
     """That of zeros, before anybody is asked."""
     ticks = iter(range(10**9))
     worker = Worker("clinic", Limits(compute_s=60.0), clock=lambda: float(next(ticks)))
-    worker.gate = hc.VirtualWorker(id="other").owner.gate
+    owner = hc.VirtualWorker(id="other").owner
+    worker.gate = owner.gate
     worker.catalogue.register("heart", {"x": X.clone()})
+    owner.policies.register("heart", noised())
     program = hc.record(lambda x: functools.reduce(lambda y, _: y + 1, range(1000), x).sum(), X[:1]).program
-    door = worker.open("nobody")
+    door = worker.open("me")
     steps = door.work(Frame(1, (Define(program), Evaluate("heart", program.digest, ("x",), (0.0, 1.0)))))
-    count = 0
-    try:
-        while True:
-            next(steps)
-            count += 1
-    except StopIteration as end:
-        reply = end.value
+    reply, count = ended(steps)
     assert 10 < count < 100
     assert "computing time" in reply.failures[0].reason

@@ -266,13 +266,14 @@ def _comment(text: str) -> list[str]:
 
 # -- decisions ------------------------------------------------------------------------------------------------
 
-Kind = Literal["interactive", "programs", "plan", "statistics", "exact", "update", "metrics"]
+Kind = Literal["interactive", "programs", "plan", "scores", "statistics", "exact", "update", "metrics"]
 
 
 class Asked(msgspec.Struct, frozen=True):
     """A question to the owner: who asks, and what for.
 
     `kind`: "interactive" (an operation on pointers), "programs" (have columns as inputs of programs, and nothing else),
+    "scores" (ask for metrics of `count` records at all),
     "plan" (run the submission of this `digest`, which names the program and its inputs), and these, to let a value
     out: "exact", "update" (through `pipeline`), "metrics" (of `count` records, by the submission of this `digest`),
     "statistics". `approved`: an approval that the owner signed for just this has been shown, and is good
@@ -410,7 +411,7 @@ def unpaid(policy: Policy) -> str:
     return "budget.epsilon" if cost.at(policy.budget.delta) > exact(policy.budget.epsilon) else ""
 
 
-def _metrics(policy: Policy, asked: Asked) -> Refusal:
+def _scores(policy: Policy, asked: Asked) -> Refusal:
     metrics = policy.release.metrics
     if refusal := _plans(policy, asked):
         return refusal
@@ -419,6 +420,13 @@ def _metrics(policy: Policy, asked: Asked) -> Refusal:
     if asked.count < metrics.minimum:
         why = f"lets metrics out of {metrics.minimum:,} records at least, and it has {asked.count:,}"
         return "release.metrics.minimum", why
+    return None
+
+
+def _metrics(policy: Policy, asked: Asked) -> Refusal:
+    metrics = policy.release.metrics
+    if refusal := _scores(policy, asked):
+        return refusal
     if not metrics.noise:  # then what a program is matters
         return _plan(policy, asked)
     if exact(metrics.epsilon) > exact(policy.budget.epsilon):
@@ -442,6 +450,7 @@ _RULES: dict[str, Callable[[Policy, Asked], Refusal]] = {
     "metrics": _metrics,
     "plan": _plan,
     "programs": _programs,
+    "scores": _scores,
     "statistics": _statistics,
     "update": _update,
 }

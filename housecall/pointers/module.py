@@ -31,7 +31,7 @@ from .request import OwnersAnswer, ask_owner
 from .session import Session, Site, caller
 from .tensor import PointerTensor, Spent, check_travels, is_at, session_of, sessions_of
 
-__all__ = ["get_module", "location_of", "modules_of", "request_module", "return_home", "send_module"]
+__all__ = ["check_returns", "get_module", "location_of", "modules_of", "request_module", "return_home", "send_module"]
 
 
 def send_module(module: nn.Module, location: Any) -> nn.Module:
@@ -75,7 +75,7 @@ def get_module(module: nn.Module) -> nn.Module:
     if not pointers:
         raise UsageError("this module is at home already: .send(worker) it first")
     for pointer in pointers:
-        _check_returns(pointer)
+        check_returns(pointer)
     troubles = [
         _bring_home(session, [pointer for pointer in pointers if pointer._slot.session is session])
         for session in sessions_of(pointers)
@@ -136,7 +136,8 @@ def _check_leaves(tensor: torch.Tensor) -> None:
     check_travels(tensor)
 
 
-def _check_returns(pointer: PointerTensor) -> None:
+def check_returns(pointer: PointerTensor) -> None:
+    """Raise `UsageError` for a parameter or buffer that cannot come home."""
     _ = pointer._slot.session  # raises for one that is spent
     _check_hooks(pointer)
 

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..transport.whole import whole
 from ..wire.messages import Update, Updated
 from .adapted import restore
-from .module import modules_of, return_home
+from .module import check_returns, modules_of, return_home
 from .request import ask_gate
 from .session import Session, Slot
 from .tensor import PointerTensor, sessions_of
@@ -32,7 +32,8 @@ def get_update(module: nn.Module, since: nn.Module | Mapping[str, torch.Tensor])
     """Bring a module home as `since` plus its update: the difference to what it is now, through the stages that the
     policies of the data demand (`clip`, `noise`), of all parameters and buffers together. `since` is the module as it
     was when it was sent, here: a deep copy, or its `state_dict()`. What no noise can be added to (a counter of batches)
-    comes home as it was. Gradients stay, and are forgotten.
+    comes home as it was. Gradients stay, and are forgotten; what an optimizer keeps (momentum) stays as well, so go on
+    with a new one.
 
     Raises `UsageError` for what is no update, and `PolicyError` if the owners' rules, or what is left of their budgets,
     say no; then the module is where it was."""
@@ -40,14 +41,15 @@ def get_update(module: nn.Module, since: nn.Module | Mapping[str, torch.Tensor])
     before = _tensors(since) if isinstance(since, nn.Module) else _without_extras(since)
     session = _session(now)
     pairs = _pairs(now, before)
+    for pointer, _ in pairs:
+        check_returns(pointer)
     learnt = [(pointer, old) for pointer, old in pairs if old.is_floating_point()]
     slots: list[Slot] = [session.put(old.detach(), None) for _, old in learnt]
     message = Update(tuple([pointer._slot.id for pointer, _ in learnt]), tuple([slot.id for slot in slots]))
     found = ask_gate(session, message, "update")
     assert isinstance(found, Updated)
     home = {id(pointer): old.detach().clone() for pointer, old in pairs}
-    for (pointer, old), array in zip(learnt, found.arrays, strict=True):
-        home[id(pointer)] = old.detach() + array.data
+    home.update({id(pointer): array.data for (pointer, _), array in zip(learnt, found.arrays, strict=True)})
     with whole():
         for pointer, _ in pairs:
             value = home[id(pointer)].requires_grad_(pointer.requires_grad)
@@ -86,6 +88,10 @@ def _pairs(now: Mapping[str, Any], before: Mapping[str, torch.Tensor]) -> list[t
         if isinstance(old, PointerTensor) or not isinstance(old, torch.Tensor):
             raise UsageError(
                 f"since= has no tensor here as '{name}': keep a deep copy of the module before you send it"
+            )
+        if old.is_complex():
+            raise UsageError(
+                f"'{name}' is complex, and an update is of real numbers: torch.view_as_real() makes them so"
             )
         if (old.shape, old.dtype) != (pointer.shape, pointer.dtype):
             raise UsageError(

@@ -43,7 +43,9 @@ class Noise(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     @property
     def rho(self) -> float:
         """What one update costs, rounded up: see NOTE [What is promised]."""
-        return math.nextafter(2 / self.multiplier**2, math.inf)
+        cost = 2 / Fraction(self.multiplier) ** 2
+        near = float(cost)
+        return near if Fraction(near) >= cost else math.nextafter(near, math.inf)
 
     def passed(self, update: NDArray[np.float64], bound: float, random: Random) -> NDArray[np.float64]:
         """(values,) -> (values,): an update of this norm at most, with noise."""

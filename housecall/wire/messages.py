@@ -357,7 +357,8 @@ class Noised(Struct, frozen=True, tag="noised", tag_field="t"):
 
 
 class Updated(Struct, frozen=True, tag="updated", tag_field="t"):
-    """The answer to `Update`: what left of each difference, and how much epsilon the budgets of the data have left."""
+    """The answer to `Update`: each value of `since` and what left of its difference, and how much epsilon the budgets
+    of the data have left."""
 
     arrays: tuple[Array, ...]
     left: float

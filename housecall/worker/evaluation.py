@@ -37,7 +37,7 @@ from ..program.forecast import type_program
 from ..program.ops import operator
 from ..program.run import Randomness
 from ..program.typing import DTYPES
-from ..types import Label
+from ..types import PUBLIC, Label
 from ..wire.messages import Evaluate, Failure, Noised, Run, Statistic
 from .gate import Gate, Who
 from .history import History
@@ -116,7 +116,8 @@ class Evaluation:
 
     def answered(self, gate: Gate, who: Who, below: Below = secrets.randbelow) -> Generator[Noised | None]:
         """Decided, written down and paid for; then the loop, record by record; and last of all what leaves."""
-        paid = gate.metric(who, registered(self._catalogue, self.owned), self.score, self.what)
+        data = registered(self._catalogue, self.owned)
+        paid, asked = gate.metric(who, data, self.score, self.what)
         whole = self._catalogue.whole(self.owned.name)
         check_same(self.owned.name, self._identity, whole.identity)
         scores = torch.empty(self.owned.count, dtype=torch.float64)
@@ -130,7 +131,8 @@ class Evaluation:
         cost = paid.entry.privacy
         spread = 1 / exact(cost.epsilon) if cost is not None else Fraction()
         values, scale = mean_of(self.owned, whole.columns, scores, self._message.bounds, spread, below)
-        yield release_noised(values, scale, gate, who, paid)
+        gate.stands(who, data, asked, self.what)  # it may have taken a while
+        yield release_noised(values, scale, gate, who, paid, "a mean score")
 
     def _loop(self) -> _Loop:
         return _Loop(self._message, self._plans, self._held, self._meter, self._label, self._device, self._precedents)
@@ -170,9 +172,9 @@ class _Loop:
         self._meter = Meter(limits, self._store, Randomness(), meter.clock)
         self.refused: Exception | None = None
         for ref, item in zip(self._inputs, message.inputs, strict=True):
-            if not isinstance(item, str):
-                self._store[ref] = held[item]
-                self._store.count(ref, held[item], held.specs[item])
+            if not isinstance(item, str):  # to be read only, and charged to the session already
+                self._store.lend(ref, held[item], PUBLIC)
+        self._public = dict(self._store.lent)
 
     def score(self, record: Mapping[str, torch.Tensor]) -> Generator[None, None, float | None]:
         """What the program gives for one record, a step for each call; `None` if it failed. Raises `LimitError` when
@@ -193,6 +195,7 @@ class _Loop:
         for ref in (*(ref for ref, _ in columns), _OUT):
             store.drop(ref)
         store.lent.clear()  # of a device's copies, one record's at a time
+        store.lent.update(self._public)
         return found
 
     def _check_time(self) -> None:

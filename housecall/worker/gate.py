@@ -41,7 +41,7 @@ from ..wire.messages import Requested
 from .refusals import Refusals
 from .submission import Origin, Submission
 
-__all__ = ["Gate", "Opening", "Question", "Registered", "Uses", "Who", "counted"]
+__all__ = ["Gate", "Opening", "Question", "Registered", "Uses", "Who", "counted", "unmade"]
 
 log = logging.getLogger(__name__)
 
@@ -59,12 +59,14 @@ class Who(NamedTuple):
 
 class Question(NamedTuple):
     """What is asked of a value that is to leave: its label; what the owner was asked for, if it is part of that, and
-    the SHA-256 of the text that she read; and the run that made it, if an accepted program did."""
+    the SHA-256 of the text that she read; the run that made it, if an accepted program did; and which of the data sets
+    are for programs only, if none did."""
 
     label: Label
     digest: str = ""
     shown: str = ""
     origin: Origin | None = None
+    closed: tuple[str, ...] = ()
 
 
 class Registered(NamedTuple):
@@ -75,6 +77,11 @@ class Registered(NamedTuple):
     records: int
     unit: Unit
     content: Callable[[], str]
+
+
+def unmade(name: str) -> str:
+    """Why a value stays that derives from data for programs only, and that no accepted run has made."""
+    return f"data set '{name}' is for programs only, and no accepted program has made this value (rule use.interactive)"
 
 
 def _now() -> datetime:
@@ -162,9 +169,11 @@ class Gate:
         """Whether values may leave, `what` says how many; when this returns, it is in the ledger. `spends`: an approval
         may be used up for them. Raises `PolicyError` or `LedgerError`."""
         self.notice()
-        label, digest, _, origin = question
+        label, digest, _, origin, closed = question
         asked = Asked("exact", who.name, who.role, digest=digest)
         decision = self._decide(label.sources, asked)
+        if decision.allowed and closed:  # who may have what accepted programs make may not have what they read
+            decision = Decision(False, closed[0], "use.interactive", unmade(closed[0]))
         program = digest or (origin.digest if origin is not None else "")
         if not decision.allowed and decision.approvable and self.requests is not None:
             answered = self._answered(who, question, self.requests, spends)
@@ -190,9 +199,25 @@ class Gate:
         entry = Entry("reserve", f"{who.role} '{who.name}'", names, decision=f"{what}: {decision.text}")
         return self._reserved(who, data, policy, entry, what, epsilon=epsilon)
 
-    def metric(self, who: Who, data: Registered, submission: Submission, what: str) -> Sealed:
+    def scores(self, who: Who, data: Registered) -> None:
+        """Whether `who` may ask for mean scores of a data set at all: before anything is done with a program of hers.
+        Raises `PolicyError`."""
+        decision = self._decide((data.name,), Asked("scores", who.name, who.role, count=data.records))
+        self._refuse(who, data, decision, "a mean score")
+
+    def stands(self, who: Who, data: Registered, asked: Asked, what: str) -> None:
+        """Whether what was permitted still is, when it has been made. Raises `PolicyError`."""
+        self._refuse(who, data, self._decide((data.name,), asked), what)
+
+    def _refuse(self, who: Who, data: Registered, decision: Decision, what: str) -> None:
+        if not decision.allowed:
+            self._note("refusal", who, Label((data.name,)), "", f"{what}: {decision.text}")
+            raise PolicyError(decision.text)
+
+    def metric(self, who: Who, data: Registered, submission: Submission, what: str) -> tuple[Sealed, Asked]:
         """Whether a mean score may be made of a data set, by this program; when this returns, what it costs is spent,
-        or an approval is used, and it is in the ledger. Raises `PolicyError` or `LedgerError`."""
+        or an approval is used, and it is in the ledger. Also returned is what was asked, for `stands`. Raises
+        `PolicyError` or `LedgerError`."""
         self.notice()
         policy = self.policies.get(data.name, DENY)  # once: all answers are this version's
         asked = Asked("metrics", who.name, who.role, digest=submission.digest, count=data.records)
@@ -201,14 +226,16 @@ class Gate:
         if not decision.allowed and decision.approvable and self.requests is not None:
             approval = self.requests.spend(who.name, who.role, "program", digest, submission.shown, names, now)
             if approval is not None:
-                decision = decide({data.name: policy}, names, msgspec.structs.replace(asked, approved=True), now)
+                asked = msgspec.structs.replace(asked, approved=True)
+                decision = decide({data.name: policy}, names, asked, now)
                 digest = f"{digest} (request {approval.id})"
         if not decision.allowed:
             self._note("refusal", who, Label(names), digest, f"{what}: {decision.text}")
             raise PolicyError(decision.text)
         entry = Entry("run", f"{who.role} '{who.name}'", names, digest, decision=f"{what}: {decision.text}")
         epsilon = policy.release.metrics.epsilon
-        return self._reserved(who, data, policy, entry, what, epsilon=epsilon) if epsilon else self._append(entry)
+        paid = self._reserved(who, data, policy, entry, what, epsilon=epsilon) if epsilon else self._append(entry)
+        return paid, asked
 
     def update(self, who: Who, sources: Sequence[Registered], what: str) -> tuple[tuple[Stage, ...], list[Sealed]]:
         """Whether an update that derives from these data sets may leave, and through which stages; when this returns,
@@ -281,7 +308,7 @@ class Gate:
 
     def _answered(self, who: Who, question: Question, requests: Requests, spends: bool) -> str | None:
         """What the owner approved that lets this out: of the runs that led to it, or, used up by this, of the value."""
-        label, digest, shown, origin = question
+        label, digest, shown, origin, _ = question
         runs = origin.approvals if origin is not None else None
         if origin and runs and requests.lets_out(runs, who.name, who.role, label.sources, self._now(), origin.behind):
             return f"{origin.digest} (request {', '.join(sorted(runs))})"

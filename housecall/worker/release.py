@@ -36,23 +36,31 @@ def release_update(
     paid: Sequence[Sealed],
     random: Random,
 ) -> list[Array]:
-    """The differences of pairs of tensors, on their way out through stages, as one vector. `paid` are the entries of
-    the ledger that have their cost; others say, on the disk, that they leave. Raises `LedgerError` if these cannot be
-    written, and then nothing does."""
+    """Pairs of tensors, now and before, on their way out: their differences pass the stages as one vector, and what
+    leaves of each is what it was before, and its difference. `paid` are the entries of the ledger that have their cost;
+    others say, on the disk, that they leave. Raises `LedgerError` if these cannot be written, and then nothing does."""
     rows = [(now.double() - before.double()).reshape(-1).cpu() for now, before in pairs]
     passed = torch.from_numpy(pipeline.passed(stages, torch.cat(rows).numpy(), random))  # (values,)
     for entry in paid:
         gate.answered(who, entry, "an update")
     parts = passed.split([row.numel() for row in rows])
-    return [share(part.reshape(now.shape).to(now.dtype)) for part, (now, _) in zip(parts, pairs, strict=True)]
+    return [
+        share((before.double().cpu() + part.reshape(now.shape)).to(now.dtype))
+        for part, (now, before) in zip(parts, pairs, strict=True)
+    ]
 
 
 def release_noised(
-    values: Sequence[Fraction | int], scale: Fraction | float, gate: Gate, who: Who, paid: Sealed
+    values: Sequence[Fraction | int],
+    scale: Fraction | float,
+    gate: Gate,
+    who: Who,
+    paid: Sealed,
+    what: str = "a statistic",
 ) -> Noised:
     """A statistic of a data set, on its way out: `paid` is the entry of the ledger that has its cost. Another says, on
     the disk, that it leaves. Raises `LedgerError` if it cannot be written, and then nothing does."""
-    gate.answered(who, paid, "a statistic")
+    gate.answered(who, paid, what)
     epsilon = paid.entry.privacy.epsilon if paid.entry.privacy is not None else 0.0
     return Noised(tuple([float(value) for value in values]), float(scale), epsilon, gate.left(paid))
 

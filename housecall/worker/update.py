@@ -14,14 +14,16 @@ import secrets
 
 import torch
 
-from ..errors import ProgramError, UsageError
+from ..errors import DataError, ProgramError, UsageError
 from ..owned.catalogue import Catalogue
+from ..privacy import pipeline
 from ..privacy.gaussian import Random
 from ..program.typing import DTYPES
 from ..transport.arrays import share
 from ..types import PUBLIC, Label
 from ..wire.messages import Update, Updated
 from .gate import Gate, Who
+from .private import FAILED
 from .release import release_update
 from .statistics import registered
 from .store import Store
@@ -80,8 +82,10 @@ def updated(
     values = sum(store.specs[ref].size.numel() for ref, _ in private)
     tensors = f"{len(private):,} tensor{'s' if len(private) != 1 else ''}"
     stages, paid = gate.update(who, owned, f"an update: {tensors}, {values:,} value{'s' if values != 1 else ''}")
+    if not pipeline.rho(stages) and any(store.cells[ref].failed for ref, _ in private):
+        raise DataError(FAILED)  # as any release that is allowed; with noise nobody is told
     hidden = iter(release_update([_both(store, *pair) for pair in private], stages, gate, who, paid, random))
-    arrays = [next(hidden) if store.label(ref) else share(store[ref] - store[since]) for ref, since in pairs]
+    arrays = [next(hidden) if store.label(ref) else share(store[ref]) for ref, since in pairs]
     return Updated(tuple(arrays), min(map(gate.left, paid)))
 
 

@@ -64,13 +64,14 @@ from ..wire.messages import (
 from . import statistics
 from .device import at_home, home
 from .evaluation import Evaluation
-from .gate import Gate, Opening, Question, Who, counted
+from .gate import Gate, Opening, Question, Who, counted, unmade
 from .limits import TEXT, UNLIMITED, Limits, Meter
 from .loans import Loans
 from .plans import Plans
 from .private import UNSEEDED, draws_of
 from .programs import Programs
 from .release import release
+from .statistics import registered
 from .store import Failed, Halt, Missing, Store
 from .submission import Submissions
 from .update import derives_from, room, updated
@@ -329,6 +330,7 @@ class WorkerSession:
         if self.halt.cause is not None:
             raise self.halt.cause
         worker = self.worker
+        worker.gate.scores(self.who, registered(worker.catalogue, worker.catalogue.owned(message.name)))
         evaluation = Evaluation(message, worker.catalogue, self.plans, self.store, meter, worker.device)
         yield from evaluation.check()
         if message.runs:
@@ -361,9 +363,8 @@ class WorkerSession:
         for ref in ids:
             names = self.loans.uses.among(self.store.label(ref))
             if names and self.submissions.origin(ref) is None:
-                text = f"data set '{names[0]}' is for programs only, and no accepted program has made this value"
-                self.worker.gate.refuse(self.who, Label(names), text)
-                raise PolicyError(text)
+                self.worker.gate.refuse(self.who, Label(names), unmade(names[0]))
+                raise PolicyError(unmade(names[0]))
 
     def _mock(self, name: str) -> Mocked:
         """What an owner gives to whoever asks: no policy is asked, and it is no value of this session."""
@@ -428,7 +429,8 @@ class WorkerSession:
         if not label:
             return Question(label)
         digest, shown = self.asked.get(self._key(ref), ("", "")) if self.asked else ("", "")
-        return Question(label, digest, shown, self.submissions.origin(ref))
+        origin = self.submissions.origin(ref)
+        return Question(label, digest, shown, origin, () if origin is not None else self.loans.uses.among(label))
 
     def _released(self, ref: int, opening: Opening, question: Question | None) -> Array | Failure:
         value = self._held(ref)

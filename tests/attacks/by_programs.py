@@ -72,6 +72,15 @@ def left(world: World, made: Program, *ids: int) -> Any:
     return world.taken(20)
 
 
+@attack("made by a program")
+def attack_takes_a_column_where_what_programs_make_may_leave(_: World) -> Any:
+    """An exact release is of what accepted programs give, to who may do nothing else."""
+    plans, release = Plans(digests=("*",)), Release(exact=("mallory",))
+    world = World(policy=Policy(use=Use(plans=("mallory",)), plans=plans, release=release))
+    assert left(world, SUM) is not None
+    return world.taken(1)
+
+
 # -- without asking ---------------------------------------------------------------------------------------------
 
 

@@ -202,7 +202,7 @@ def attack_tells_all_records_of_one(_: World) -> Any:
     return _score(world, program, "x", 10)
 
 
-@attack("a score")
+@attack("a score that writes")
 def attack_keeps_something_from_record_to_record(_: World) -> Any:
     """A weight that each record is added to."""
     world = _world()

@@ -374,6 +374,11 @@ GUARDS: dict[str, tuple[Any, ...]] = {
     ),
     "since is public": (patch.object(update, "_check", lambda *args: None),),
     "public in a score": (patch.object(evaluation, "_check_inputs", lambda *args: None),),
+    "made by a program": (patch.object(Submissions, "origin", lambda self, ref: Origin("", None)),),
+    "a score that writes": (
+        patch.object(evaluation, "_check_score", lambda program: None),
+        patch.object(Store, "write", _write_unrefused),
+    ),
     "a score": (patch.object(evaluation, "_check_score", lambda program: None),),
     "score's bounds": (patch.object(evaluation, "Score", _unbounded_score),),
     "score's column": (patch.object(evaluation, "Score", _score_of_whatever),),
