@@ -153,7 +153,7 @@ SCENES: dict[str, tuple[Callable[[Scene], object], int]] = {
     "a module is fetched": (lambda scene: scene.model.send(scene.clinic).get(), 7),
     "steps of an optimizer": (twice, 211),
     "a late gradient": (late, 61),
-    "two workers": (both, 23),
+    "two workers": (both, 13),
     "synchronous": (at_once, 17),
     "frames": (many, 17),
     "random numbers": (drawn, 17),

@@ -78,8 +78,10 @@ def test_copy_keeps_and_move_takes(schools: tuple[hc.VirtualWorker, hc.VirtualWo
 
 def test_a_pointer_is_spent_after_get(clinic: hc.VirtualWorker) -> None:
     x = torch.ones(2).send(clinic)
+    y = x.copy()
     x.get()
-    for use in (x.get, lambda: x + 1, lambda: x.sum(), lambda: x.location, lambda: x.tolist(), lambda: x.detach()):
+    uses = x.get, lambda: x + 1, lambda: y + x, lambda: x.location, lambda: x.tolist(), lambda: x.detach()
+    for use in uses:
         with pytest.raises(hc.SpentPointerError, match=r"\.get\(\) took its value away from 'clinic'.*\.copy\(\)\.get"):
             use()
     assert "spent" in repr(x)

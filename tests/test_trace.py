@@ -24,7 +24,7 @@ from opdb import EXCEPTIONS, check, entries, tolerance
 from torch import nn, optim
 
 import housecall as hc
-from housecall.pointers import session, trace
+from housecall.pointers import dispatch, repeat, session, trace
 from housecall.program.call import Call
 from housecall.testing import World
 from housecall.wire.messages import Define, Put, Run
@@ -173,14 +173,22 @@ class Play:
 
 @pytest.mark.parametrize("how", ["direct", "codec", "metered", "synchronous"])
 def test_runs_are_their_calls_one_by_one(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = 0
+    programs = recognised = 0
+
+    def counted(*call: Any) -> Any:
+        nonlocal recognised
+        found = repeat.again(*call)
+        recognised += found is not None
+        return found
 
     @FIXED
     @given(scripts, st.sampled_from((0, 1, 2)), st.sampled_from((3, 8, 256)))
     def alike(script: Script, seen: int, frame_messages: int) -> None:
         nonlocal programs
         monkeypatch.setattr(trace, "SEEN", NEVER)
+        monkeypatch.setattr(dispatch, "again", lambda *call: None)  # no call is recognised
         expected = Play(script, how, frame_messages).play(6)
+        monkeypatch.setattr(dispatch, "again", counted)
         monkeypatch.setattr(trace, "SEEN", seen)
         play = Play(script, how, frame_messages)
         assert play.play(6) == expected
@@ -188,6 +196,7 @@ def test_runs_are_their_calls_one_by_one(how: str, monkeypatch: pytest.MonkeyPat
 
     alike()
     assert programs > 60
+    assert recognised > 100
 
 
 # -- the same again, where each trace is a program the first time -------------------------------------------

@@ -19,13 +19,12 @@ from ..program.typing import meta, type_of
 from ..transport.whole import whole
 from ..types import Ref, TensorType
 from .adoption import LocalTensor, adopted
+from .repeat import pattern_of, point
 from .session import Cut, Session, Slot, caller_again
 from .trace import NUMBER, Trace, register
 
 __all__ = ["Rule", "issue", "item", "point", "session_of"]
 
-_make: Any = torch.Tensor._make_wrapper_subclass
-_no_memory: Any = torch._C._set_throw_on_mutable_data_ptr  # whoever reaches for it in C gets an error, not a crash
 _NONE = type(None)
 _TABLE_LIMIT = 1 << 16
 _LONGEST = 64  # of a list whose length only the worker knows
@@ -40,7 +39,7 @@ class Rule:
     whose storage its results may share; -1 if none."""
 
     __slots__ = (
-        "by_kind", "by_name", "function", "name", "operator", "params", "random", "same", "view", "written",
+        "by_kind", "by_name", "function", "kinds", "name", "operator", "params", "random", "same", "view", "written",
     )  # fmt: skip
 
     def __init__(self, func: Any) -> None:
@@ -54,6 +53,7 @@ class Rule:
         self.random = self.operator.random
         self.written = {param.name for param in self.operator.params if param.writes}
         self.params = [param.name for param in self.operator.params]
+        self.kinds = {param.name: param.kind for param in self.operator.params}
         self.by_name = by_kind(self.operator)  # floats and scalars do not shape a result: their kind types it
         self.by_kind = [self.by_name[name] for name in self.params]
         only = self.operator.returns[0].same_as if len(self.operator.returns) == 1 else ""
@@ -91,6 +91,7 @@ def _step(cls: Any, rule: Rule, session: Session, args: tuple[Any, ...], kwargs:
     """Take the step of one call in the session's trace. Raises `LocalTensor` if there is one among the arguments, and
     `Cut`, both before anything is done."""
     trace = session.trace
+    here = trace.step
     parts: list[Any] = [rule]
     numbers: list[float] = []
     for index, arg in enumerate(args):
@@ -115,6 +116,9 @@ def _step(cls: Any, rule: Rule, session: Session, args: tuple[Any, ...], kwargs:
             return _untyped(cls, rule, session, key, numbers, args, kwargs)
         call = _call(rule, key, len(args), len(kwargs), outcome, trace)
         step = trace.tree.add(trace.step, key, call=call, given=outcome)
+    elif step.pattern is None:
+        step.pattern = pattern_of(cls, rule, step, args, kwargs)
+    here.next = step if step.pattern else None
     trace.step = step
     trace.sites.append(caller_again(step))
     if numbers:
@@ -132,19 +136,6 @@ def _step(cls: Any, rule: Rule, session: Session, args: tuple[Any, ...], kwargs:
     if trace.room <= 0:
         session.full()
     return result
-
-
-def point(cls: Any, slot: Slot) -> Any:
-    """A new pointer to a slot."""
-    given = slot.spec
-    offset = slot.skip and slot.skip // given.dtype.itemsize
-    pointer = _make(cls, given.size, given.stride, offset, None, given.dtype, torch.strided, given.device)
-    pointer._slot = slot
-    _no_memory(pointer)
-    if given.bits:
-        torch._C._set_conj(pointer, given.type.conj)
-        torch._C._set_neg(pointer, given.type.neg)
-    return pointer
 
 
 # -- arguments --------------------------------------------------------------------------------------------

@@ -33,9 +33,7 @@ class Visit:
     def leave(self, slot: Slot) -> LateTensor:
         """A tensor for the value of this slot, which stays at the worker for now."""
         given: Spec = slot.spec
-        late: LateTensor = _make(
-            LateTensor, given.size, given.stride, 0, None, given.dtype, torch.strided, given.device
-        )
+        late: LateTensor = _make(LateTensor, *given.wrapper)
         late._visit, late._slot, late._value = self, slot, None
         self._left.append(weakref.ref(late))
         return late

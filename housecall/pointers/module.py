@@ -252,6 +252,8 @@ class _Moved:
     """Stands where the slot was, in what an old graph still holds of a module that came home: the slot itself must not
     outlive the visit because of it."""
 
+    trace = None
+
     @property
     def session(self) -> NoReturn:
         raise UsageError(_STALE)

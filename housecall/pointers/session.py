@@ -7,8 +7,10 @@ NOTE [Lifetimes]
 A `Slot` is the one object that stands for a value at the worker; pointers that alias it (`detach`) share it. When the
 last of them dies, from whichever thread, also the garbage collector's, also at exit, its mark is appended to `dropped`:
 by a weak reference's callback in C, which is atomic, needs no lock, and swallows no Ctrl-C, as a `__del__` would. What
-was issued before may use it, so its `Drop` stands behind that; a result of the present trace is not bound at all. Marks
-are of slots and not of tensors, since modules swap what a tensor object holds.
+was issued before may use it, so its `Drop` stands behind that. Marks are of slots and not of tensors, since modules
+swap what a tensor object holds.
+A result of the present trace has no mark yet: most die within it, and are not bound at all. A trace refers to its
+results weakly; those that live when it ends get their marks.
 
 NOTE [Unused values]
 A value that was sent waits until something uses it, or somebody waits. One that is dropped before never travels, so the
@@ -155,18 +157,25 @@ class _Mark(weakref.ref["Slot"]):
 class Slot:
     """One value at a worker. Dies with the last pointer to it, and frees the value then.
 
-    `register` is its place in `trace`, while that is its session's present one. `spec` is its type at the start of a
-    storage, `skip` how many bytes of its storage come before it: so batches that are views of one column are alike."""
+    `register` is its place in `trace`, while that is its session's present one: a `trace` that is given makes it a
+    result of its own. `spec` is its type at the start of a storage, `skip` how many bytes of its storage come before
+    it: so batches that are views of one column are alike."""
 
     __slots__ = ("__weakref__", "id", "register", "session", "skip", "spec", "trace")
 
     def __init__(self, session: Session, spec: Spec, trace: Trace | None = None, skip: int = 0) -> None:
         self.session, self.spec, self.trace, self.skip = session, spec.start, trace, skip + spec.skip
-        self.id = ref = next(session.ids)
+        self.id = next(session.ids)
+        if trace is None:
+            self.mark()
+        else:
+            self.register = trace.make(self)
+
+    def mark(self) -> None:
+        """From now on its end is noticed: see NOTE [Lifetimes]."""
+        session, ref = self.session, self.id
         mark = session.marks[ref] = _Mark(self, session.dropped.append)
         mark.id = ref
-        if trace is not None:
-            self.register = trace.bind(self.id)
 
     @property
     def type(self) -> TensorType:
@@ -398,7 +407,10 @@ class Session:
         if trace.ids:
             self.trace = self._new_trace()
         if trace.sites:
-            dropped = self._spoken(trace, dropped)
+            alive = trace.alive()
+            for slot in alive:
+                slot.mark()
+            dropped = self._spoken(trace, tuple([slot.register.id - 1 for slot in alive]), dropped)
         if last is not None:
             self.outbox.append((last, caller()))
         if self._sent:
@@ -413,20 +425,20 @@ class Session:
             self._unused_bytes -= _nbytes(entry)
         return entry is not None
 
-    def _spoken(self, trace: Trace, dropped: list[int]) -> list[int]:
-        """Queue a trace: its program if it has one, else its calls. Which of the dropped are still to be said."""
-        dead, inputs = set(dropped), trace.step.inputs
-        alive = trace.alive(dead)
+    def _spoken(self, trace: Trace, alive: tuple[int, ...], dropped: list[int]) -> list[int]:
+        """Queue a trace, of whose results those in the registers `alive` are still pointed at: its program if it has
+        one, else its calls. Which of the dropped are still to be said."""
         ending = trace.tree.ending(trace.step, alive)
-        ids = trace.ids
+        ids, inputs = trace.ids, trace.step.inputs
         if ending.program is not None:
             self._define(ending.program, ending.digest)
             given, outs = tuple([ids[at] for at in inputs]), tuple([ids[at] for at in alive])
             self.outbox.append((Run(ending.digest, given, outs, tuple(trace.numbers)), trace.sites))
-            made = dead.difference(given).intersection(ids)
-            return [ref for ref in dropped if ref not in made]
+            return dropped
         sites = iter(trace.sites)
         said: set[int] = set()
+        kept = {*inputs, *alive}
+        dead = {*dropped, *(id for at, id in enumerate(ids) if at not in kept)}
         for call, dead_now in freed(trace.calls(), dead):
             self.outbox.append((call, next(sites)))
             if dead_now:

@@ -34,6 +34,8 @@ class Spent:
             "Use what that returned; to look at a value and keep the pointer, call .copy().get()"
         )
 
+    trace = None
+
     @property
     def session(self) -> NoReturn:
         """Always an error: there is no value here any more."""

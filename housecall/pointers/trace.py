@@ -19,7 +19,8 @@ batch to batch. A step's call has `NUMBER` in their places, and the trace keeps 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
 from ..errors import ProgramError
@@ -41,6 +42,8 @@ _registers: list[Ref] = []
 
 def register(index: int) -> Ref:
     """The register of the value of this index in a trace, from 0: the same object each time."""
+    if index < len(_registers):
+        return _registers[index]
     while index >= len(_registers):
         _registers.append(Ref(len(_registers) + 1))
     return _registers[index]
@@ -50,14 +53,21 @@ class Step:
     """A node of the tree: an input of a type, or a call over registers; the root is neither.
 
     `given` says what the call gives, for whoever issues it, and `site` from where it was issued last; `after` has the
-    steps that followed, by what decided them, `endings` how traces ended here, by the registers still pointed at."""
+    steps that followed, by what decided them, `next` the call that followed last, perhaps after inputs, and `pattern`
+    what tells its own call from others (`repeat`). `endings` has how traces ended here, by the registers still pointed
+    at."""
 
-    __slots__ = ("after", "before", "call", "counts", "endings", "given", "inputs", "site", "type")
+    __slots__ = ("after", "before", "call", "counts", "endings", "given", "inputs", "next", "pattern", "site", "type")
 
     def __init__(self, before: Step | None, type: TensorType | None, call: Call | None, given: Any) -> None:
         self.before, self.type, self.call, self.given = before, type, call, given
         self.site: Any = None
+        self.next: Step | None = None
+        self.pattern: Any = None
         values, calls, numbers = before.counts if before else (0, 0, 0)
+        self.inputs: tuple[int, ...] = before.inputs if before else ()  # the registers of all inputs so far
+        if type is not None:
+            self.inputs += (values,)
         if call is not None:
             values += sum(out != HOLE for out in call.outs)
             numbers += sum(ref is NUMBER for arg in (*call.args, *call.kwargs.values()) for ref in _all(arg))
@@ -66,7 +76,6 @@ class Step:
         )  # fmt: skip
         self.after: dict[Any, Step] = {}
         self.endings: dict[tuple[int, ...], Ending] = {}
-        self.inputs: tuple[int, ...] = before.inputs if before else ()  # the registers of all inputs so far
 
     def path(self) -> list[Step]:
         """The steps from the first to this one."""
@@ -136,14 +145,16 @@ class Tree:
 
 
 class Trace:
-    """A walk down a tree: `step` is where it stands, `ids` are the slots of its registers, `numbers` the floats of its
-    calls, `sites` the lines that issued them. `room`: how many calls it should still take."""
+    """A walk down a tree: `step` is where it stands, `ids` are the slots of its registers, `made` weak references to
+    those that are results, `numbers` the floats of its calls, `sites` the lines that issued them. `room`: how many
+    calls it should still take."""
 
-    __slots__ = ("ids", "numbers", "room", "sites", "step", "tree")
+    __slots__ = ("ids", "made", "numbers", "room", "sites", "step", "tree")
 
     def __init__(self, tree: Tree, room: int) -> None:
         self.tree, self.step, self.room = tree, tree.root, room
         self.ids: list[int] = []
+        self.made: list[Callable[[], Any]] = []
         self.numbers: list[float] = []
         self.sites: list[Any] = []
 
@@ -152,16 +163,17 @@ class Trace:
         step = self.step.after.get(spec)
         if step is None:
             step = self.tree.add(self.step, spec, type=spec.type)
-            step.inputs = (*step.inputs, len(self.ids))
         self.step = step
-        return self.bind(id)
+        at = len(self.ids)
+        self.ids.append(id)
+        return register(at)
 
-    def bind(self, id: int) -> Ref:
-        """The next register, for this slot."""
-        ids = self.ids
-        at = len(ids)
-        ids.append(id)
-        return _registers[at] if at < len(_registers) else register(at)
+    def make(self, slot: Any) -> Ref:
+        """Make a new slot the next result; its register."""
+        self.made.append(weakref.ref(slot))
+        at = len(self.ids)
+        self.ids.append(slot.id)
+        return register(at)
 
     def is_whole(self) -> bool:
         """Whether no step was cut short."""
@@ -175,12 +187,11 @@ class Trace:
             step = step.before
         values, calls, numbers = step.counts
         self.step = step
-        del self.ids[values:], self.sites[calls:], self.numbers[numbers:]
+        del self.ids[values:], self.made[values - len(step.inputs) :], self.sites[calls:], self.numbers[numbers:]
 
-    def alive(self, dead: set[int]) -> tuple[int, ...]:
-        """The registers of results whose slots are not among the dead."""
-        inputs = self.step.inputs
-        return tuple([at for at, id in enumerate(self.ids) if id not in dead and at not in inputs])
+    def alive(self) -> list[Any]:
+        """The slots of results that somebody still points at, in order."""
+        return [slot for slot in [made() for made in self.made] if slot is not None]
 
     def calls(self) -> list[Call]:
         """Its calls, over slots."""

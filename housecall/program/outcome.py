@@ -29,9 +29,10 @@ class Spec:
 
     `start` is the same type at the start of its storage, `skip` how many bytes of the storage come before this one.
     `volume` is the bytes of its elements, each counted as often as it is repeated: what a loop over it goes through.
-    An empty dimension counts as one, since some loops go over the others."""
+    An empty dimension counts as one, since some loops go over the others. `wrapper` is what torch is told to make a
+    tensor without elements of this type, at the start of a storage: the less it is told, the faster."""
 
-    __slots__ = ("bits", "device", "dtype", "offset", "size", "skip", "start", "stride", "type", "volume")
+    __slots__ = ("bits", "device", "dtype", "offset", "size", "skip", "start", "stride", "type", "volume", "wrapper")
 
     def __init__(self, type_: TensorType) -> None:
         self.type = type_
@@ -44,6 +45,8 @@ class Spec:
         self.skip = type_.offset * self.dtype.itemsize
         self.start: Spec = spec(msgspec.structs.replace(type_, offset=0)) if type_.offset else self
         self.volume = self.dtype.itemsize * math.prod(max(n, 1) for n in type_.shape)
+        dense = torch.empty(self.size, device="meta").stride() == self.stride
+        self.wrapper = self.size, None if dense else self.stride, None, None, self.dtype, torch.strided, self.device
 
 
 @functools.lru_cache(maxsize=1 << 16)
