@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from housecall.program.call import HOLE, Call, Complex, Input, Items, Program, Symbol
 from housecall.program.check import check
 from housecall.program.flow import flow, input_writes
-from housecall.program.run import Randomness, computing, run
+from housecall.program.run import Randomness, computing, overload, run
 from housecall.program.typing import type_of
 from housecall.types import Label, Ref, TensorType
 from housecall.wire.messages import Array, Define, Drop, Failure, Fetch, Frame, Heard, Message, Put, Reply, Run, Value
 from housecall.worker.limits import UNLIMITED, Limits
+from housecall.worker.plan import _DIRECT
 from housecall.worker.plans import MOST_CALLS, MOST_PROGRAMS, Plans
 from housecall.worker.worker import Worker, WorkerSession
 
@@ -432,6 +433,25 @@ def outcome(run_it: Callable[[dict[str, torch.Tensor], Randomness], list[torch.T
     return [(type_of(value), value.nan_to_num(7.0).tolist()) for value in (*found, *inputs.values())]
 
 
+@pytest.mark.parametrize("size", [10, 50_000])
+def test_what_is_written_over_is_the_same(size: int) -> None:
+    kind = TensorType("float32", (size,), (1,))
+    steps = (
+        call("mul.Tensor", X, Y, outs=(3,)),
+        call("relu.default", Ref(3), outs=(4,)),
+        call("neg.default", Y, outs=(5,)),
+        call("threshold_backward.default", Ref(5), Ref(4), 0, outs=(6,)),
+    )
+    made = Program((Input("x", 1, kind), Input("y", 2, kind)), steps, (("z", 6),))
+    x, y = torch.randn(size), torch.randn(size)
+    door = Worker("w").open("me")
+    door.store.update({10: x.clone(), 11: y.clone()})
+    door.handle(Frame(1, (Define(made), Run(made.digest, (10, 11), (20,)))))
+    assert torch.equal(door.store[20], run(made, {"x": x, "y": y})["z"])
+    assert torch.equal(door.store[10], x)
+    assert torch.equal(door.store[11], y)
+
+
 @FIXED
 @given(programs(), st.floats(-2, 2))
 def test_both_ways_to_run_agree_with_the_plain_one(made: Program, number: float) -> None:
@@ -495,7 +515,7 @@ def test_every_value_on_the_way_is_freed_once() -> None:
     plans.define(program(call("stack.default", Items((X, Y)), outs=(3,)), call("neg.default", Ref(3), outs=(4,))))
     for plan in plans._plans.values():
         made = [step[3] for step in plan._steps if step[3]]
-        freed = [register for step in plan._steps for register in step[4]]
+        freed = [register for step in plan._steps for register in step[-1]]
         assert sorted(freed) == sorted(set(made) - set(plan._outs))
 
 
@@ -509,27 +529,60 @@ def test_freed_values_are_let_go_of() -> None:
     (plan,) = plans._plans.values()
     alive: list[int] = []
     steps = list(plan._steps)
-    number, function, arguments, out, dead = steps[50]
+    number, function, arguments, *rest = steps[50]
 
     def looks(registers: list[Any]) -> Any:
         alive.append(sum(isinstance(value, torch.Tensor) for value in registers))
         return arguments(registers)
 
-    steps[50] = (number, function, looks, out, dead)
+    steps[50] = (number, function, looks, *rest)
     plan._steps = tuple(steps)
     for _ in plan.run(plan.registers([torch.ones(2_000_000)], ()), lambda number, call, error: error):
         pass
     assert alive == [2]  # the input, and the one before
 
 
+T, PROBABILITIES = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).log_softmax(1)
+SAMPLES: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "_log_softmax.default": [((T, 1, False), {})],
+    "_log_softmax_backward_data.default": [((T, PROBABILITIES, 1, torch.float32), {})],
+    "add_.Tensor": [((T, T), {}), ((T, T), {"alpha": -0.5}), ((T, 2.5), {})],
+    "addmm.default": [((T[0, :2], T, T.t()), {}), ((T[0, :2], T, T.t()), {"beta": 2, "alpha": 0.5})],
+    "index_select.default": [((T, 1, torch.tensor([2, 0])), {})],
+    "mm.default": [((T, T.t()), {})],
+    "mul_.Tensor": [((T, T), {}), ((T, 2.5), {})],
+    "ones_like.default": [
+        ((T.t(),), {}),
+        ((T.t(),), {"pin_memory": False, "memory_format": torch.preserve_format}),
+        ((T.t(),), {"dtype": torch.int64, "layout": torch.strided, "device": torch.device("cpu"), "pin_memory": None}),
+        ((T.t(),), {"dtype": None, "layout": None, "device": None, "memory_format": torch.contiguous_format}),
+    ],
+    "relu.default": [((T - 2,), {})],
+    "sum.dim_IntList": [((T, [0], True), {}), ((T, None), {"dtype": torch.float64}), ((T, [0, -1]), {})],
+    "t.default": [((T,), {})],
+    "view.default": [((T, [3, -1]), {})],
+}
+SAMPLES["zeros_like.default"] = SAMPLES["ones_like.default"]
+
+
+@pytest.mark.parametrize("name", _DIRECT)
+def test_what_a_plan_calls_directly_is_the_operator(name: str) -> None:
+    for args, kwargs in SAMPLES[name]:
+        one, other = (tuple(arg.clone() if arg is T else arg for arg in args) for _ in range(2))
+        found, expected = _DIRECT[name](*one, **kwargs), overload(name)(*other, **kwargs)
+        assert type_of(found) == type_of(expected)
+        assert torch.equal(found, expected)
+
+
 def test_the_plan_keeps_no_text_of_the_peers() -> None:
     plans = Plans(torch.device("cpu"), Randomness())
     plans.define(ADD)
     (plan,) = plans._plans.values()
-    for _, function, arguments, out, dead in plan._steps:
+    for _, function, arguments, out, pairs, dead in plan._steps:
         assert callable(function)
         assert callable(arguments)
-        assert isinstance(out, int | tuple)
+        assert isinstance(out, int)
+        assert pairs is None or all(isinstance(number, int) for pair in pairs for number in pair)
         assert all(isinstance(register, int) for register in dead)
 
 

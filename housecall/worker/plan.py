@@ -40,10 +40,11 @@ Report = Callable[[int, Call, Exception], Any]
 _MOST = 64  # precedents of one plan
 _TEXT = 300  # characters of a name in an error
 
-# A call's number, its function, what gives its arguments from the registers, the register of its result or pairs
+# A call's number, its function, what gives its arguments from the registers, the register of its result, or else pairs
 # (which of its results, register), and the registers that nothing reads after it.
 _Out = int | tuple[tuple[int, int], ...]
-_Step = tuple[int, Callable[..., Any], Callable[[list[Any]], Any], _Out, tuple[int, ...]]
+_Pairs = tuple[tuple[int, int], ...] | None
+_Step = tuple[int, Callable[..., Any], Callable[[list[Any]], Any], int, _Pairs, tuple[int, ...]]
 
 
 class Precedents(dict[Any, Any]):
@@ -87,13 +88,14 @@ class Plan:
     def run(self, registers: list[Any], report: Report, every: int = 1, *, looks: bool = False) -> Iterator[None]:
         """Take the steps, `every` so many at a time; see NOTE [What fails]. `looks`: at elements that a kernel would
         trust."""
-        for number, function, arguments_of, out, dead in self._looking if looks else self._steps:
+        pauses = every <= len(self.calls)
+        for number, function, arguments_of, out, pairs, dead in self._looking if looks else self._steps:
             try:
-                result = function(*arguments_of(registers))
-                if out.__class__ is int:
-                    registers[out] = result
+                if pairs is None:
+                    registers[out] = function(*arguments_of(registers))
                 else:
-                    for at, register in out:  # type: ignore[union-attr]  # not an int
+                    result = function(*arguments_of(registers))
+                    for at, register in pairs:
                         registers[register] = result[at]
                         if result[at] is None:
                             failed = report(number, self.calls[number], ProgramError(NONE))
@@ -102,11 +104,11 @@ class Plan:
                 if not isinstance(error, Failed):  # else nothing is written, and `error` is the cause of that
                     error = _failed(arguments_of(registers)) or error
                 failed = report(number, self.calls[number], error)
-                for at, register in ((0, out),) if isinstance(out, int) else out:
+                for at, register in ((0, out),) if pairs is None else pairs:
                     registers[register] = failed[at] if isinstance(failed, list) else failed
             for register in dead:
                 registers[register] = None
-            if every == 1 or number % every == every - 1:
+            if pauses and number % every == every - 1:
                 yield
 
     @functools.cached_property
@@ -114,11 +116,11 @@ class Plan:
         """The steps, but those that trust elements look at them first."""
         known = from_forward(self.calls)
         found = []
-        for number, function, arguments_of, out, dead in self._steps:
+        for number, function, arguments_of, out, pairs, dead in self._steps:
             op = self.calls[number].op
             looks = function is not _listed and trusts_values(op) and number not in known
             first = _looking(function, op, *self._names[number]) if looks else function
-            found.append((number, first, arguments_of, out, dead))
+            found.append((number, first, arguments_of, out, pairs, dead))
         return tuple(found)
 
     def outputs(self, registers: list[Any]) -> list[Any]:
@@ -199,7 +201,8 @@ class _Compiler:
         for register in self._made.difference(self.outs):
             dead.setdefault(last[register], []).append(register)
         for at, (number, function, row, out) in enumerate(self._rows):
-            yield number, function, _getter(row), out, tuple(dead.get(at, ()))
+            one, pairs = (out, None) if isinstance(out, int) else (0, out)
+            yield number, function, _getter(row), one, pairs, tuple(dead.get(at, ()))
 
     def _turned_back(self, call: Call) -> bool:
         """Whether this turns back a matrix that was turned (autograd does so for every linear layer): no step then."""
@@ -278,15 +281,18 @@ class _Compiler:
 _functions: Any = torch._C._VariableFunctions
 _DIRECT: dict[str, Callable[..., Any]] = {
     "_log_softmax.default": _functions._log_softmax,
+    "_log_softmax_backward_data.default": _functions._log_softmax_backward_data,
     "add_.Tensor": torch.Tensor.add_,
     "addmm.default": _functions.addmm,
     "index_select.default": _functions.index_select,
     "mm.default": _functions.mm,
     "mul_.Tensor": torch.Tensor.mul_,
+    "ones_like.default": _functions.ones_like,
     "relu.default": _functions.relu,
     "sum.dim_IntList": _functions.sum,
     "t.default": _functions.t,
     "view.default": torch.Tensor.view,
+    "zeros_like.default": _functions.zeros_like,
 }
 
 
@@ -318,7 +324,10 @@ def _with_names(function: Callable[..., Any], count: int, names: tuple[str, ...]
     def named(*args: Any) -> Any:
         return function(*args[:count], **dict(zip(names, args[count:], strict=True)))
 
-    return named
+    def step(x: Any, y: Any, value: Any) -> Any:  # as an optimizer's `add_(grad, alpha=-rate)`
+        return function(x, y, **{names[0]: value})
+
+    return step if count == 2 and len(names) == 1 else named
 
 
 def _drawing(function: Callable[..., Any], randomness: Randomness) -> Callable[..., Any]:

@@ -49,23 +49,21 @@ _MAKERS = frozenset((
 # fmt: on
 
 
-def _relu(x: torch.Tensor) -> torch.Tensor:
-    return _relu_(x)  # type: ignore[no-any-return]  # torch's operators are untyped
-
-
 def _threshold_backward(grad: torch.Tensor, result: torch.Tensor, threshold: Any) -> torch.Tensor:
+    if grad.numel() < _SMALL:
+        return _threshold_backward_new(grad, result, threshold)  # type: ignore[no-any-return]  # torch's operators are untyped
     if grad.dtype is result.dtype and grad.shape == result.shape and grad.stride() == result.stride():
         return _threshold_backward_into(grad, result, threshold, grad_input=grad)  # type: ignore[no-any-return]  # as above
     return _threshold_backward_new(grad, result, threshold)  # type: ignore[no-any-return]  # as above
 
 
 _aten: Any = torch.ops.aten
-_relu_ = _aten.relu_.default._op
+_SMALL = 1 << 14  # elements: below, new memory costs less than to look whether the old will do
 _threshold_backward_new = _aten.threshold_backward.default._op
 _threshold_backward_into = _aten.threshold_backward.grad_input._op
 
 _FORMS: dict[str, Callable[..., Any]] = {
-    "relu.default": _relu,
+    "relu.default": torch.relu_,
     "threshold_backward.default": _threshold_backward,
 }  # operators whose first argument may become their result
 
