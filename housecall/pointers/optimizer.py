@@ -47,6 +47,9 @@ def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = {p._slot.session for p in parameters if isinstance(p, PointerTensor)}
     _undo(optimizer)
+    if not optimizer.state and all(p.grad is None or _place(p.grad) is _place(p) for p in parameters):
+        _remember(optimizer, places, [(p, {}) for p in parameters])
+        return
     strays = [
         stray
         for group in optimizer.param_groups
@@ -59,8 +62,14 @@ def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None)
         values = tensors if session is None else session.fetch([tensor._slot for tensor in tensors])  # type: ignore[attr-defined]  # those with a session are pointers
         for value, (_, target, put) in zip(values, leaving, strict=True):
             put(value if target is None else send(value.detach(), target.location))
+    _remember(optimizer, places, [(p, _copied(optimizer.state.get(p, {}))) for p in parameters])
+
+
+def _remember(
+    optimizer: torch.optim.Optimizer, places: set[Session], kept: list[tuple[torch.Tensor, dict[str, Any]]]
+) -> None:
+    """What an optimizer keeps before a step that is taken at these places."""
     if places:
-        kept = [(p, _copied(optimizer.state.get(p, {}))) for p in parameters]
         _last[optimizer] = _Step(caller(), kept, {session: session.failures for session in places})
 
 

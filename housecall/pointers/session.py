@@ -319,17 +319,17 @@ class Session:
 
     def _use(self, ref: int) -> None:
         """Something uses a value that was sent: it will travel."""
-        message, site = self._sent[ref]
+        entry = message, site = self._sent[ref]
         if isinstance(message, Later):
             self._bringing = True
             try:
                 message = Put(ref, share(message.tensor.detach().clone()))
             finally:
                 self._bringing = False
+            entry = message, site
+        nbytes = message.value.data.nbytes
         with whole():
             del self._sent[ref]
-            entry = message, site
-            nbytes = _nbytes(entry)
             self._unused_bytes -= nbytes
             self._queued_bytes += nbytes
             self.outbox.append(entry)
