@@ -40,7 +40,7 @@ def dispatch(cls: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs
     if args and type(args[0]) is cls:
         session = args[0]._slot.session
         expected = session.trace.step.next
-        if expected is not None and expected.pattern.function is func:
+        if expected is not None and expected.pattern[0] is func:
             found = again(cls, session, expected, args, kwargs)
             if found is not None:
                 return found

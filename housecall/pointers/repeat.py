@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -41,32 +41,28 @@ _CONSTANTS = frozenset((int, bool, str, torch.dtype, torch.device, torch.layout,
 _Result = tuple[Ref, Spec, int, tuple[Any, ...]]
 
 
-class Pattern:
+class Pattern(NamedTuple):
     """What the call of a step is given: positional arguments first, then those by name.
 
     `types` are the types of all of them, `names` the names of the last. `pointers` says which are in which registers,
     `constants` what `pick` gives of the others, `numbers` which are numbers of the trace. The call gives back the
-    argument at `same`, or `single`, or all `results`; they may share the storage of the argument at `view`. `function`
-    is torch's operator, `None` if it takes more than looks to tell a call by this."""
+    argument at `same`, or `results`, or the `single` one of them, not in a tuple; they may share the storage of the
+    argument at `view`. `function` is torch's operator, `None` if it takes more than looks to tell a call by this."""
 
-    __slots__ = (
-        "constants", "function", "names", "numbers", "pick", "pointers", "results", "same", "single", "types", "view",
-    )  # fmt: skip
-
-    def __init__(self, function: Any = None) -> None:
-        self.function = function
-        self.types: tuple[type, ...] = ()
-        self.names: tuple[str, ...] = ()
-        self.pointers: tuple[tuple[int, Ref], ...] = ()
-        self.pick: Callable[[Sequence[Any]], Any] | None = None
-        self.constants: Any = None
-        self.numbers: tuple[int, ...] = ()
-        self.results: tuple[_Result | None, ...] = ()
-        self.single: _Result | None = None
-        self.same = self.view = -1
+    function: Any
+    types: tuple[type, ...] = ()
+    names: tuple[str, ...] = ()
+    pointers: tuple[tuple[int, Ref], ...] = ()
+    pick: Callable[[Sequence[Any]], Any] | None = None
+    constants: Any = None
+    numbers: tuple[int, ...] = ()
+    results: tuple[_Result | None, ...] = ()
+    single: _Result | None = None
+    same: int = -1
+    view: int = -1
 
 
-_NEVER = Pattern()
+_NEVER = Pattern(None)
 
 
 def pattern_of(cls: Any, rule: Rule, step: Step, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pattern:
@@ -75,16 +71,9 @@ def pattern_of(cls: Any, rule: Rule, step: Step, args: tuple[Any, ...], kwargs: 
         return _NEVER
     given = step.given.results
     values, names = (*args, *kwargs.values()), [*rule.params[: len(args)], *kwargs]
-    found = Pattern(rule.function)
-    if len(given) == 1 and isinstance(given[0], Return) and not given[0].many:
-        found.same = names.index(given[0].same_as)
-    elif not given or not all(one is None or isinstance(one, Spec) for one in given):
+    back = len(given) == 1 and isinstance(given[0], Return) and not given[0].many
+    if not back and not (given and all(one is None or isinstance(one, Spec) for one in given)):
         return _NEVER
-    else:
-        found.results = _results(cls, step, given)
-        found.single = found.results[0] if len(given) == 1 else None
-    if rule.view >= 0:
-        found.view = names.index(rule.params[rule.view])
     pointers, constants, numbers = [], [], []
     for at, (name, value) in enumerate(zip(names, values, strict=True)):
         kind = type(value)
@@ -96,12 +85,13 @@ def pattern_of(cls: Any, rule: Rule, step: Step, args: tuple[Any, ...], kwargs: 
             constants.append(at)
         elif value is not None:
             return _NEVER
-    found.types, found.names = tuple(map(type, values)), tuple(kwargs)
-    found.pointers, found.numbers = tuple(pointers), tuple(numbers)
-    if constants:
-        found.pick = itemgetter(*constants)
-        found.constants = found.pick(values)
-    return found
+    pick = itemgetter(*constants) if constants else None
+    results = () if back else _results(cls, step, given)
+    return Pattern(
+        rule.function, tuple(map(type, values)), tuple(kwargs), tuple(pointers), pick, pick and pick(values),
+        tuple(numbers), results, results[0] if len(results) == 1 else None,
+        names.index(given[0].same_as) if back else -1, names.index(rule.params[rule.view]) if rule.view >= 0 else -1,
+    )  # fmt: skip
 
 
 def _results(cls: Any, step: Step, given: tuple[Spec | None, ...]) -> tuple[_Result | None, ...]:
@@ -118,22 +108,22 @@ def _results(cls: Any, step: Step, given: tuple[Spec | None, ...]) -> tuple[_Res
 def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """If a call of the expected step's function is that of the step, take it: the result. Otherwise `None`, and nothing
     is done that the call would not do in any case."""
-    pattern: Pattern = expected.pattern
+    _, types, names, pointers, pick, constants, numbers, results, single, same, view = expected.pattern
     values: Any = args
     if kwargs:
-        if tuple(kwargs) != pattern.names:
+        if tuple(kwargs) != names:
             return None
         values = (*args, *kwargs.values())
-    elif pattern.names:
+    elif names:
         return None
-    if tuple(map(type, values)) != pattern.types or _default_dtype() is not torch.float32:
+    if tuple(map(type, values)) != types or _default_dtype() is not torch.float32:
         return None
-    if pattern.pick is not None and pattern.pick(values) != pattern.constants:
+    if pick is not None and pick(values) != constants:
         return None
     with session.lock:
         try:
             trace = session.trace
-            for at, wanted in pattern.pointers:
+            for at, wanted in pointers:
                 slot = values[at]._slot
                 if slot.trace is not trace:
                     if slot.session is not session:
@@ -145,20 +135,19 @@ def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwa
                 return None
             trace.step = expected
             trace.sites.append(caller_again(expected))
-            for at in pattern.numbers:
+            for at in numbers:
                 trace.numbers.append(values[at])
-            skip = values[pattern.view]._slot.skip if pattern.view >= 0 else 0
-            result: Any
-            if pattern.single is not None:
-                result = _pointer(session, trace, pattern.single, skip)
-            elif pattern.same >= 0:
-                result = values[pattern.same]
+            skip = values[view]._slot.skip if view >= 0 else 0
+            if single is not None:
+                found = _pointer(session, trace, single, skip)
+            elif same >= 0:
+                found = values[same]
             else:
-                result = tuple([one and _pointer(session, trace, one, skip) for one in pattern.results])
+                found = tuple([result and _pointer(session, trace, result, skip) for result in results])
             trace.room -= 1
             if trace.room <= 0:
                 session.full()
-            return result
+            return found
         except Cut:  # what is taken now is asked for once more
             return None
         except BaseException:  # Ctrl-C, in the middle of a step
