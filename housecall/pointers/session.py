@@ -407,7 +407,7 @@ class Session:
         if trace.ids:
             self.trace = self._new_trace()
         if trace.sites:
-            alive = trace.alive()
+            alive = trace.end()
             for slot in alive:
                 slot.mark()
             dropped = self._spoken(trace, tuple([slot.register.id - 1 for slot in alive]), dropped)

@@ -189,9 +189,11 @@ class Trace:
         self.step = step
         del self.ids[values:], self.made[values - len(step.inputs) :], self.sites[calls:], self.numbers[numbers:]
 
-    def alive(self) -> list[Any]:
-        """The slots of results that somebody still points at, in order."""
-        return [slot for slot in [made() for made in self.made] if slot is not None]
+    def end(self) -> list[Any]:
+        """The slots of results that somebody still points at, in order. It is asked once, when the trace ends."""
+        alive = [slot for slot in [made() for made in self.made] if slot is not None]
+        self.made.clear()  # a slot refers to the last trace that used it for as long as it lives
+        return alive
 
     def calls(self) -> list[Call]:
         """Its calls, over slots."""
