@@ -7,8 +7,9 @@ changed in place, the data set stays what it was. All of it is pointer operation
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -158,12 +159,21 @@ class FederatedDataLoader:
 
     def _of(self, part: Part, order: PointerTensor | None) -> Iterator[Any]:
         splits = [torch.split(source, self.batch_size) for source in (part.columns if order is None else [order])]
+        assembled = _assembled(part.structure)
         for pieces in zip(*(split[: self._batches(part)] for split in splits), strict=True):
             if order is None:
                 batch = [piece.clone() for piece in pieces]
             else:
                 batch = [column.index_select(0, pieces[0]) for column in part.columns]
-            yield tree_unflatten(batch, part.structure)
+            yield assembled(batch)
+
+
+def _assembled(structure: Any) -> Callable[[list[Any]], Any]:
+    """What makes a sample of its columns."""
+    for kind in (tuple, list):
+        if structure == tree_flatten(kind([0] * structure.num_leaves))[1]:
+            return kind
+    return functools.partial(tree_unflatten, treespec=structure)
 
 
 def federate(

@@ -200,11 +200,31 @@ class Later(NamedTuple):
 Issued = tuple[Any, Any]
 
 
+class _Live:
+    """Sessions that somebody holds and that are not over: a `weakref.WeakSet` in fewer steps, since each wait asks."""
+
+    def __init__(self) -> None:
+        self._refs: dict[int, weakref.ref[Session]] = {}
+
+    def add(self, session: Session) -> None:
+        """From now on it is live."""
+        key = id(session)
+        self._refs[key] = weakref.ref(session, lambda ref: self._refs.pop(key, None))
+
+    def discard(self, session: Session) -> None:
+        """From now on it is not."""
+        self._refs.pop(id(session), None)
+
+    def others(self, session: Session) -> list[Session]:
+        """All but one."""
+        return [one for one in [ref() for ref in tuple(self._refs.values())] if one is not None and one is not session]
+
+
 class Session:
     """One principal's stream to one worker. `location` is the worker as the caller knows it (its `.id` is
     printed); `synchronous` waits after every call: slow, and errors stand where they are made."""
 
-    live: ClassVar[weakref.WeakSet[Session]] = weakref.WeakSet()
+    live: ClassVar[_Live] = _Live()
 
     def __init__(self, transport: Transport, location: Any, *, synchronous: bool = False) -> None:
         self.transport = transport
@@ -394,6 +414,8 @@ class Session:
     def _end_trace(self, last: Call | None = None) -> None:
         """What was issued takes its place in the outbox, with one more call, and behind it the drops of what is no
         longer pointed at."""
+        if last is None and not self.trace.ids and not self.dropped:
+            return
         with whole():
             self._queue_trace(last)
 
@@ -541,8 +563,8 @@ class Session:
         Within this process Ctrl-C waits until that is done; who waits for a network is let go."""
         with self.lock, nullcontext() if self.transport.remote else whole():
             self.flush()
-            for other in Session.live:
-                if other is not self and other.busy:
+            for other in Session.live.others(self):
+                if other.busy:
                     other._start()
             results: list[Result] = []
             self._latest = None
