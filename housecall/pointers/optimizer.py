@@ -47,7 +47,7 @@ def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     places = {p._slot.session for p in parameters if isinstance(p, PointerTensor)}
     _undo(optimizer)
-    if not optimizer.state and all(p.grad is None or _place(p.grad) is _place(p) for p in parameters):
+    if not optimizer.state and not _stray_gradients(parameters):
         _remember(optimizer, places, [(p, {}) for p in parameters])
         return
     strays = [
@@ -63,6 +63,15 @@ def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None)
         for value, (_, target, put) in zip(values, leaving, strict=True):
             put(value if target is None else send(value.detach(), target.location))
     _remember(optimizer, places, [(p, _copied(optimizer.state.get(p, {}))) for p in parameters])
+
+
+def _stray_gradients(parameters: list[torch.Tensor]) -> bool:
+    """Whether any gradient is elsewhere than its parameter."""
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is not None and _place(grad) is not _place(parameter):
+            return True
+    return False
 
 
 def _remember(

@@ -40,7 +40,7 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.is_neg() or tensor.is_conj():
         bits = _with_bits(tensor.detach(), conj=False, neg=False)
         return _with_bits(own(bits), conj=tensor.is_conj(), neg=tensor.is_neg())
-    fills = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    fills = tensor.untyped_storage().nbytes() == tensor.nbytes
     if fills and tensor.is_cpu and (tensor.is_contiguous() or _overlap(tensor) == _NONE):
         try:
             return torch._lazy_clone(tensor)
