@@ -15,10 +15,13 @@ from hypothesis import strategies as st
 
 from housecall.errors import ProgramError, UnknownOperator
 from housecall.program import run as run_module
+from housecall.pointers.tensor import PointerTensor
 from housecall.program.call import HOLE, Call, Complex, Input, Items, Program, Symbol, call_text, refs
 from housecall.program.check import check, check_call
 from housecall.program.forecast import type_program
 from housecall.program.run import Randomness, run
+from housecall.program.outcome import spec
+from housecall.program.run import Randomness, run, type_program
 from housecall.program.typing import DTYPES, type_of
 from housecall.types import Ref, TensorType
 
@@ -639,3 +642,13 @@ def test_a_call_before_what_it_needs_is_refused(made: Any, data: st.DataObject) 
         f"call {to}, `{call_text(moved)}`",
         "used before it is bound",
     )
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (2, 3), (2, 0, 3), (1, 4, 1), (5, 1, 0)])
+def test_what_torch_is_told_of_a_type_makes_that_type(shape: tuple[int, ...]) -> None:
+    for value in (torch.empty(shape), torch.empty(shape).t() if len(shape) == 2 else torch.empty(shape)):
+        kind = type_of(value)
+        made = torch.Tensor._make_wrapper_subclass(PointerTensor, *spec(kind).wrapper)
+        assert type_of(made) == kind
+    huge = spec(TensorType("float32", (2**62, 2**62), (2**62, 1)))
+    assert huge.wrapper[:2] == ((2**62, 2**62), None)

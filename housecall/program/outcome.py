@@ -45,8 +45,17 @@ class Spec:
         self.skip = type_.offset * self.dtype.itemsize
         self.start: Spec = spec(msgspec.structs.replace(type_, offset=0)) if type_.offset else self
         self.volume = self.dtype.itemsize * math.prod(max(n, 1) for n in type_.shape)
-        dense = torch.empty(self.size, device="meta").stride() == self.stride
-        self.wrapper = self.size, None if dense else self.stride, None, None, self.dtype, torch.strided, self.device
+        stride = None if self.stride == _dense(type_.shape) else self.stride
+        self.wrapper = self.size, stride, None, None, self.dtype, torch.strided, self.device
+
+
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stride of elements that lie side by side, as torch gives it."""
+    found, step = [], 1
+    for n in reversed(shape):
+        found.append(step)
+        step *= max(n, 1)
+    return tuple(found[::-1])
 
 
 @functools.lru_cache(maxsize=1 << 16)
