@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from housecall.errors import ProgramError, UnknownOperator
-from housecall.program import run as run_module
 from housecall.pointers.tensor import PointerTensor
+from housecall.program import run as run_module
 from housecall.program.call import HOLE, Call, Complex, Input, Items, Program, Symbol, call_text, refs
 from housecall.program.check import check, check_call
 from housecall.program.forecast import type_program
