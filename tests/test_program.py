@@ -19,9 +19,8 @@ from housecall.program import run as run_module
 from housecall.program.call import HOLE, Call, Complex, Input, Items, Program, Symbol, call_text, refs
 from housecall.program.check import check, check_call
 from housecall.program.forecast import type_program
-from housecall.program.run import Randomness, run
 from housecall.program.outcome import spec
-from housecall.program.run import Randomness, run, type_program
+from housecall.program.run import Randomness, run
 from housecall.program.typing import DTYPES, type_of
 from housecall.types import Ref, TensorType
 
