@@ -613,3 +613,31 @@ def test_two_threads_that_wait_for_two_workers_do_not_lock_each_other_out() -> N
         [sys.executable, "-c", CROSSWISE], capture_output=True, text=True, check=False, env=os.environ, timeout=120
     )
     assert done.stdout == "done\n", done.stderr[-3000:]
+
+
+def test_a_session_that_is_collected_while_the_live_ones_are_asked_for_disturbs_nobody() -> None:
+    """To make room for the answer may be what collects it."""
+
+    class Alone:
+        """What only the collector can free."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+    live: Any = type(Session.live)()
+    held = [Alone() for _ in range(40)]
+    for one in held:
+        live.add(one)
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()  # all else is not looked at again, which takes long
+    try:
+        for late in range(1, 20):  # after so many more objects the collector comes
+            live.add(Alone())
+            gc.set_threshold(gc.get_count()[0] + late)
+            assert len(live.others(held[0])) >= 39
+            gc.set_threshold(1 << 30)
+            gc.collect()
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()

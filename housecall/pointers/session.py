@@ -217,7 +217,9 @@ class _Live:
 
     def others(self, session: Session) -> list[Session]:
         """All but one."""
-        return [one for one in [ref() for ref in tuple(self._refs.values())] if one is not None and one is not session]
+        # A copy is made in one piece; a tuple of the values is not: to make room for it may collect a session.
+        refs = self._refs.copy().values()
+        return [one for one in [ref() for ref in refs] if one is not None and one is not session]
 
 
 class Session:
