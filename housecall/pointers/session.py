@@ -200,16 +200,26 @@ class Later(NamedTuple):
 Issued = tuple[Any, Any]
 
 
+class _Ref(weakref.ref["Session"]):
+    """A weak reference to a session, and the key under which `_Live` has it."""
+
+    __slots__ = ("key",)
+    key: int
+
+
 class _Live:
-    """Sessions that somebody holds and that are not over: a `weakref.WeakSet` in fewer steps, since each wait asks."""
+    """Sessions that somebody holds and that are not over: a `weakref.WeakSet` in fewer steps, since each wait asks.
+
+    What has died is put away by who asks, never by a callback: the collector may come while a container is copied."""
 
     def __init__(self) -> None:
-        self._refs: dict[int, weakref.ref[Session]] = {}
+        self._refs: dict[int, _Ref] = {}
 
     def add(self, session: Session) -> None:
         """From now on it is live."""
-        key = id(session)
-        self._refs[key] = weakref.ref(session, lambda ref: self._refs.pop(key, None))
+        ref = _Ref(session)
+        ref.key = id(session)
+        self._refs[ref.key] = ref
 
     def discard(self, session: Session) -> None:
         """From now on it is not."""
@@ -217,9 +227,15 @@ class _Live:
 
     def others(self, session: Session) -> list[Session]:
         """All but one."""
-        # A copy is made in one piece; a tuple of the values is not: to make room for it may collect a session.
-        refs = self._refs.copy().values()
-        return [one for one in [ref() for ref in refs] if one is not None and one is not session]
+        found = []
+        for ref in list(self._refs.values()):
+            one = ref()
+            if one is None:
+                if self._refs.get(ref.key) is ref:  # else the id is another's by now
+                    self._refs.pop(ref.key, None)
+            elif one is not session:
+                found.append(one)
+        return found
 
 
 class Session:
