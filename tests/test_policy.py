@@ -24,6 +24,7 @@ from housecall.cli import policy as cli
 from housecall.errors import HousecallError, PolicyError
 from housecall.host.config import CONFIG_FILE
 from housecall.owner.change import changes, loosens, warnings
+from housecall.owner.explanation import explain
 from housecall.owner.policies import Policies, Seen, Turn, draft, policy_names, sign, standing
 from housecall.owner.policy import (
     DENY,
@@ -36,7 +37,6 @@ from housecall.owner.policy import (
     Release,
     Use,
     decide,
-    explain,
     matches,
 )
 from housecall.owner.signing import OwnerKey, public_key, verify

@@ -17,6 +17,7 @@ import torch
 from at_once import at_once
 
 import housecall as hc
+from housecall.pointers.live import Live
 from housecall.pointers.session import Session, Slot
 from housecall.program.call import Call
 from housecall.transport.memory import MemoryTransport
@@ -624,7 +625,7 @@ def test_a_session_that_is_collected_while_the_live_ones_are_asked_for_disturbs_
         def __init__(self) -> None:
             self.itself = self
 
-    live: Any = type(Session.live)()
+    live: Live[Alone] = Live()
     held = [Alone() for _ in range(40)]
     for one in held:
         live.add(one)

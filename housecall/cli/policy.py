@@ -11,10 +11,10 @@ import typer
 from ..errors import PolicyError
 from ..host.config import DATA_FOLDER
 from ..owner.change import changes, warnings
+from ..owner.explanation import explain as explained
 from ..owner.policies import POLICY_FOLDER, draft, policy_names, standing
 from ..owner.policies import sign as put_in_force
 from ..owner.policy import Policy
-from ..owner.policy import explain as explained
 from ..owner.signing import KEY_FILE, PUBLIC_FILE, OwnerKey, public_key
 from .worker import Folder, Yes, in_folder, worker_folder
 

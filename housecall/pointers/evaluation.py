@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -15,54 +15,48 @@ from rich.console import Console
 from ..errors import PlaceError, UsageError
 from ..program.call import Program
 from ..program.typing import DTYPES
-from ..wire.messages import Column, Define, Evaluate, Noised, Owned, Requested
+from ..wire.messages import Column, Define, Evaluate, Noised, Owned, Requested, Result
 from .record import Recorded
 from .request import OwnersAnswer, ask_gate, check_asked
 from .session import Session, Slot
 from .statistics import StatisticsAnswer
 from .tensor import PointerTensor
 
-__all__ = ["ask_score", "submit_score"]
+__all__ = ["Scored", "ask_score", "submit_score"]
 
 Bounds = tuple[float, float]
 _MANY = 2_000  # records: with fewer nobody waits long enough to read it
 
 
-def ask_score(
-    session: Session,
-    owned: Owned,
-    score: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    bounds: Any,
-) -> StatisticsAnswer:
+class Scored(NamedTuple):
+    """A score of one record: its function, or recording, what that is given (a column by its name), and its bounds."""
+
+    score: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    bounds: Any
+
+
+def ask_score(session: Session, owned: Owned, what: Scored) -> StatisticsAnswer:
     """Ask, and wait. Raises `UsageError` for what is no score, `PolicyError` if the owner's rules say no."""
-    program, inputs, _kept = _bound(session, owned, score, args, kwargs)
-    session.tell(Define(program))
-    message = Evaluate(owned.name, program.digest, inputs, _pair(bounds))
     with _waiting(f"'{session.location.id}' scores {owned.count:,} records, one by one", owned.count):
-        found = ask_gate(session, message, "evaluate")
+        found = _asked(session, owned, what)
     assert isinstance(found, Noised)
     return StatisticsAnswer(found.values[0], found.scale, found.epsilon, found.left)
 
 
-def submit_score(
-    session: Session,
-    owned: Owned,
-    score: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    bounds: Any,
-    reason: str,
-    runs: int,
-) -> OwnersAnswer:
+def submit_score(session: Session, owned: Owned, what: Scored, reason: str, runs: int) -> OwnersAnswer:
     """Ask the owner to let it be made. Raises as `ask_score` does."""
     check_asked(reason, runs)
-    program, inputs, _kept = _bound(session, owned, score, args, kwargs)
-    session.tell(Define(program))
-    said = ask_gate(session, Evaluate(owned.name, program.digest, inputs, _pair(bounds), reason, runs), "evaluate")
+    said = _asked(session, owned, what, reason, runs)
     assert isinstance(said, Requested)
     return OwnersAnswer(session, said)
+
+
+def _asked(session: Session, owned: Owned, what: Scored, *asking: Any) -> Result:
+    program, inputs, _kept = _bound(session, owned, what)
+    session.tell(Define(program))
+    return ask_gate(session, Evaluate(owned.name, program.digest, inputs, _pair(what.bounds), *asking), "evaluate")
 
 
 def _waiting(what: str, count: int) -> AbstractContextManager[Any]:
@@ -78,11 +72,9 @@ def _pair(bounds: Any) -> Bounds:
     return low, high
 
 
-def _bound(
-    session: Session, owned: Owned, score: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Program, tuple[int | str, ...], list[Slot]]:
+def _bound(session: Session, owned: Owned, what: Scored) -> tuple[Program, tuple[int | str, ...], list[Slot]]:
     """The program, its inputs, and the slots that must live as long as they are named: what is here is sent along."""
-    recorded = score if isinstance(score, Recorded) else Recorded(score)
+    recorded = what.score if isinstance(what.score, Recorded) else Recorded(what.score)
     columns = {column.name: column for column in owned.columns}
     names: dict[int, str] = {}
 
@@ -93,7 +85,7 @@ def _bound(
         names[id(made)] = arg
         return made
 
-    examples = [example(arg) for arg in args], {name: example(arg) for name, arg in kwargs.items()}
+    examples = [example(arg) for arg in what.args], {name: example(arg) for name, arg in what.kwargs.items()}
     with torch.no_grad():
         program, tensors = recorded.bound(*examples[0], **examples[1])
     slots = [None if id(tensor) in names else _slot(session, tensor) for tensor in tensors]

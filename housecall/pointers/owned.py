@@ -14,7 +14,7 @@ from ..types import TensorType
 from ..wire.messages import Column, Load, Mock, Mocked, Owned
 from .calls import point
 from .data import FederatedDataset, Part
-from .evaluation import ask_score, submit_score
+from .evaluation import Scored, ask_score, submit_score
 from .mock import MockDataset, by_hand, mock_of
 from .request import OwnersAnswer
 from .session import Slot
@@ -79,7 +79,7 @@ class OwnedDataset(FederatedDataset):
 
         Raises `UsageError` for what is no score, `PolicyError` if the owner's rules, or what is left of the budget, say
         no."""
-        return ask_score(self.location.session, self._owned, score, inputs, named, bounds)
+        return ask_score(self.location.session, self._owned, Scored(score, inputs, named, bounds))
 
     def submit(
         self,
@@ -92,7 +92,7 @@ class OwnedDataset(FederatedDataset):
     ) -> OwnersAnswer:
         """Ask the owner to let `evaluate` with the same arguments be made, `runs` times, where her policy asks for no
         noise: she reads the program. Raises as `evaluate` does."""
-        return submit_score(self.location.session, self._owned, score, inputs, named, bounds, reason, runs)
+        return submit_score(self.location.session, self._owned, Scored(score, inputs, named, bounds), reason, runs)
 
     def __repr__(self) -> str:
         columns = ", ".join(f"{name}: {kind}" for name, kind in self.columns.items())

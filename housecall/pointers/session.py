@@ -68,6 +68,7 @@ from ..wire.messages import (
     Value,
 )
 from .kept import Kept
+from .live import Live
 from .randomness import Follower
 from .trace import Step, Trace, Tree, freed
 
@@ -200,49 +201,11 @@ class Later(NamedTuple):
 Issued = tuple[Any, Any]
 
 
-class _Ref(weakref.ref["Session"]):
-    """A weak reference to a session, and the key under which `_Live` has it."""
-
-    __slots__ = ("key",)
-    key: int
-
-
-class _Live:
-    """Sessions that somebody holds and that are not over: a `weakref.WeakSet` in fewer steps, since each wait asks.
-
-    What has died is put away by who asks, never by a callback: the collector may come while a container is copied."""
-
-    def __init__(self) -> None:
-        self._refs: dict[int, _Ref] = {}
-
-    def add(self, session: Session) -> None:
-        """From now on it is live."""
-        ref = _Ref(session)
-        ref.key = id(session)
-        self._refs[ref.key] = ref
-
-    def discard(self, session: Session) -> None:
-        """From now on it is not."""
-        self._refs.pop(id(session), None)
-
-    def others(self, session: Session) -> list[Session]:
-        """All but one."""
-        found = []
-        for ref in list(self._refs.values()):
-            one = ref()
-            if one is None:
-                if self._refs.get(ref.key) is ref:  # else the id is another's by now
-                    self._refs.pop(ref.key, None)
-            elif one is not session:
-                found.append(one)
-        return found
-
-
 class Session:
     """One principal's stream to one worker. `location` is the worker as the caller knows it (its `.id` is
     printed); `synchronous` waits after every call: slow, and errors stand where they are made."""
 
-    live: ClassVar[_Live] = _Live()
+    live: ClassVar[Live[Session]] = Live()
 
     def __init__(self, transport: Transport, location: Any, *, synchronous: bool = False) -> None:
         self.transport = transport
