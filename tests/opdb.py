@@ -265,6 +265,6 @@ def check(name: str, dtype: str, kind: str, worker: Any, **close: float) -> None
 
 
 __all__ = [
-    "CUDA_ONLY", "EXCEPTIONS", "ONE", "OPS", "REFUSALS", "ROUNDING", "RUNS", "UNINITIALISED", "check", "entries",
-    "same", "samples", "tolerance",
+    "CUDA_ONLY", "EXCEPTIONS", "ONE", "OPS", "REFUSALS", "ROUNDING", "RUNS", "UNINITIALISED", "Packed", "away", "check",
+    "differentiable", "entries", "fresh", "home", "leaves", "run", "same", "samples", "tolerance",
 ]  # fmt: skip

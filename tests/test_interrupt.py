@@ -101,6 +101,15 @@ def twice(scene: Scene) -> None:
     scene.model.get()
 
 
+def known(scene: Scene) -> None:
+    scene.model.send(scene.clinic)
+    for _ in range(3):
+        scene.model.zero_grad()
+        scene.model(scene.x).square().sum().backward()
+        scene.clinic.session.wait()
+    scene.model.get()
+
+
 def late(scene: Scene) -> None:
     scene.model.send(scene.clinic)
     scene.model(scene.x).square().sum().backward()
@@ -152,6 +161,7 @@ SCENES: dict[str, tuple[Callable[[Scene], object], int]] = {
     "a module is sent": (lambda scene: scene.model.send(scene.clinic), 2),
     "a module is fetched": (lambda scene: scene.model.send(scene.clinic).get(), 7),
     "steps of an optimizer": (twice, 211),
+    "a backward that is known": (known, 61),
     "a late gradient": (late, 61),
     "two workers": (both, 13),
     "synchronous": (at_once, 17),

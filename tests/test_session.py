@@ -323,12 +323,14 @@ def test_busy_says_whether_there_is_work(clinic: hc.VirtualWorker) -> None:
     clinic.session.wait()
     assert not clinic.session.busy
     x = torch.ones(3).send(clinic)
+    assert not clinic.session.busy  # nothing has used it: it does not leave yet
+    y = x + 1
     assert clinic.session.busy
     clinic.session.flush()
     assert clinic.session.busy  # under way
     clinic.session.wait()
     assert not clinic.session.busy
-    del x
+    del x, y
     assert not clinic.session.busy  # dropping is no work
     assert clinic._objects == {}
 

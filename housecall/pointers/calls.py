@@ -97,8 +97,7 @@ def _step(cls: Any, rule: Rule, session: Session, args: tuple[Any, ...], kwargs:
     for index, arg in enumerate(args):
         kind = type(arg)
         if kind is cls:
-            slot = arg._slot
-            parts.append(slot.register if slot.trace is trace else _taken(rule, session, slot))
+            parts.append(_register(rule, session, arg))
         elif kind is int or kind is _NONE:
             parts.append(arg)
         else:
@@ -163,19 +162,24 @@ def _one_place(rule: Rule, first: Session | None, other: Session) -> Session:
     return other
 
 
-def _taken(rule: Rule, session: Session, slot: Slot) -> Ref:
-    """The register of a slot that the present trace has not used yet."""
-    if slot.session is not session:
-        _one_place(rule, session, slot.session)
-    return session.take(slot)
+def _register(rule: Rule, session: Session, pointer: Any) -> Ref:
+    """The register in the present trace of what a pointer points at."""
+    slot: Slot = pointer._slot
+    trace = session.trace
+    if slot.trace is not trace:
+        if slot.session is not session:
+            _one_place(rule, session, slot.session)
+        session.take(slot)
+    if slot.taken and not pointer.is_leaf:
+        trace.reaches_back = True
+    return slot.register
 
 
 def _part(cls: Any, rule: Rule, session: Session, arg: Any, param: str, numbers: list[float]) -> Any:
     """What an argument is in a step's key. A float that may be a number of a program goes to `numbers`."""
     kind = type(arg)
     if kind is cls:
-        slot = arg._slot
-        return slot.register if slot.trace is session.trace else _taken(rule, session, slot)
+        return _register(rule, session, arg)
     if kind is float:
         if rule.by_name.get(param):
             numbers.append(arg)

@@ -1,8 +1,9 @@
 """Federated data: a data set whose records lie at workers, and a loader whose batches never mix owners.
 
-A loader sends one permutation for each worker and epoch, and splits it there; a batch is then an `index_select`
-for each column. Without a permutation it is a copy of its records, as torch's own loader makes one: a batch may be
-changed in place, the data set stays what it was. All of it is pointer operations: nothing waits, and no record travels.
+A loader draws one permutation for each worker and epoch; with each batch go the numbers of its records, and the batch
+is an `index_select` for each column. Without a permutation it is a copy of its records, as torch's own loader makes
+one: a batch may be changed in place, the data set stays what it was. All of it is pointer operations: nothing waits,
+and no record travels.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from ..errors import DataError, UsageError
+from .dispatch import dispatch
 from .session import Session
 from .tensor import PointerTensor, send, session_of
 
 __all__ = ["FederatedDataLoader", "FederatedDataset", "Part", "federate"]
 
+_SELECT = torch.ops.aten.index_select.default
 CHUNK = 256  # records collated at once while a data set is read: bounds the memory beside the data itself
 
 
@@ -152,19 +155,19 @@ class FederatedDataLoader:
         whole, rest = divmod(len(part), self.batch_size)
         return whole + (1 if rest and not self.drop_last else 0)
 
-    def _order(self, part: Part) -> PointerTensor | None:
-        if not self.shuffle:
-            return None
-        return send(torch.randperm(len(part), generator=self.generator), part.location)
+    def _order(self, part: Part) -> torch.Tensor | None:
+        return torch.randperm(len(part), generator=self.generator) if self.shuffle else None
 
-    def _of(self, part: Part, order: PointerTensor | None) -> Iterator[Any]:
+    def _of(self, part: Part, order: torch.Tensor | None) -> Iterator[Any]:
         splits = [torch.split(source, self.batch_size) for source in (part.columns if order is None else [order])]
         assembled = _assembled(part.structure)
         for pieces in zip(*(split[: self._batches(part)] for split in splits), strict=True):
             if order is None:
                 batch = [piece.clone() for piece in pieces]
             else:
-                batch = [column.index_select(0, pieces[0]) for column in part.columns]
+                chosen = send(pieces[0], part.location)
+                batch = [dispatch(PointerTensor, _SELECT, (), (column, 0, chosen)) for column in part.columns]
+                del chosen  # a batch that the caller still works with is to keep nothing but itself
             yield assembled(batch)
 
 

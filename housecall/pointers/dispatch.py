@@ -61,11 +61,12 @@ dispatch._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.comp
 
 
 def _look_up(func: Any) -> tuple[Special | None, Rule | None]:
-    special = _SPECIAL.get(func) or rewritten(func)
-    if special is not None:
-        return special, None
-    rule = Rule(func)
-    return (_reshape, None) if rule.operator.reshapes else (None, rule)
+    with whole():  # a generator that is closed swallows an interrupt
+        special = _SPECIAL.get(func) or rewritten(func)
+        if special is not None:
+            return special, None
+        rule = Rule(func)
+        return (_reshape, None) if rule.operator.reshapes else (None, rule)
 
 
 # -- operators that are not sent as they come: see the NOTE -----------------------------------------------

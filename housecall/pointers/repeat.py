@@ -26,7 +26,7 @@ from .trace import Step, Trace, register
 if TYPE_CHECKING:
     from .calls import Rule
 
-__all__ = ["Pattern", "again", "pattern_of", "point"]
+__all__ = ["Pattern", "Result", "again", "pattern_of", "point", "pointer_to", "result_of"]
 
 _make: Any = torch.Tensor._make_wrapper_subclass
 _no_memory: Any = torch._C._set_throw_on_mutable_data_ptr  # whoever reaches for it in C gets an error, not a crash
@@ -38,7 +38,7 @@ _new = object.__new__
 _CONSTANTS = frozenset((int, bool, str, torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 # One new pointer that a call gives: its slot's register, type, and bytes that come before it, and how torch makes it.
-_Result = tuple[Ref, Spec, int, tuple[Any, ...]]
+Result = tuple[Ref, Spec, int, tuple[Any, ...]]
 
 
 class Pattern(NamedTuple):
@@ -56,8 +56,8 @@ class Pattern(NamedTuple):
     pick: Callable[[Sequence[Any]], Any] | None = None
     constants: Any = None
     numbers: tuple[int, ...] = ()
-    results: tuple[_Result | None, ...] = ()
-    single: _Result | None = None
+    results: tuple[Result | None, ...] = ()
+    single: Result | None = None
     same: int = -1
     view: int = -1
 
@@ -94,15 +94,20 @@ def pattern_of(cls: Any, rule: Rule, step: Step, args: tuple[Any, ...], kwargs: 
     )  # fmt: skip
 
 
-def _results(cls: Any, step: Step, given: tuple[Spec | None, ...]) -> tuple[_Result | None, ...]:
+def _results(cls: Any, step: Step, given: tuple[Spec | None, ...]) -> tuple[Result | None, ...]:
     """What a step's call gives, in registers from the step's first on."""
     assert step.before is not None
     at = step.before.counts[0]
-    found: list[_Result | None] = []
+    found: list[Result | None] = []
     for spec in given:
-        found.append(None if spec is None else (register(at), spec.start, spec.skip, (cls, *spec.start.wrapper)))
+        found.append(None if spec is None else result_of(cls, register(at), spec))
         at += spec is not None
     return tuple(found)
+
+
+def result_of(cls: Any, at: Ref, spec: Spec) -> Result:
+    """How a pointer to a value of this type in this register is made."""
+    return at, spec.start, spec.skip, (cls, *spec.start.wrapper)
 
 
 def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
@@ -131,6 +136,8 @@ def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwa
                     session.take(slot)
                 if slot.register is not wanted:
                     return None
+                if slot.taken and not values[at].is_leaf:
+                    trace.reaches_back = True
             if trace.step is not expected.before:
                 return None
             trace.step = expected
@@ -139,11 +146,11 @@ def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwa
                 trace.numbers.append(values[at])
             skip = values[view]._slot.skip if view >= 0 else 0
             if single is not None:
-                found = _pointer(session, trace, single, skip)
+                found = pointer_to(session, trace, single, skip)
             elif same >= 0:
                 found = values[same]
             else:
-                found = tuple([result and _pointer(session, trace, result, skip) for result in results])
+                found = tuple([result and pointer_to(session, trace, result, skip) for result in results])
             trace.room -= 1
             if trace.room <= 0:
                 session.full()
@@ -155,12 +162,13 @@ def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwa
             raise
 
 
-def _pointer(session: Session, trace: Trace, result: _Result, skip: int) -> Any:
+def pointer_to(session: Session, trace: Trace, result: Result, skip: int) -> Any:
     """A pointer to a new result: `point(Slot(...))`, and what that looks up is there."""
     slot = _new(Slot)
     slot.session, slot.trace = session, trace
     slot.register, slot.spec, more, wrapper = result
     slot.skip = skip = skip + more
+    slot.taken = False
     slot.id = ref = next(session.ids)
     trace.made.append(_weakly(slot))
     trace.ids.append(ref)

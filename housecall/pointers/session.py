@@ -159,14 +159,15 @@ class Slot:
     """One value at a worker. Dies with the last pointer to it, and frees the value then.
 
     `register` is its place in `trace`, while that is its session's present one: a `trace` that is given makes it a
-    result of its own. `spec` is its type at the start of a storage, `skip` how many bytes of its storage come before
-    it: so batches that are views of one column are alike."""
+    result of its own; later ones have `taken` it as an input. `spec` is its type at the start of a storage, `skip` how
+    many bytes of its storage come before it: so batches that are views of one column are alike."""
 
-    __slots__ = ("__weakref__", "id", "register", "session", "skip", "spec", "trace")
+    __slots__ = ("__weakref__", "id", "register", "session", "skip", "spec", "taken", "trace")
 
     def __init__(self, session: Session, spec: Spec, trace: Trace | None = None, skip: int = 0) -> None:
         self.session, self.spec, self.trace, self.skip = session, spec.start, trace, skip + spec.skip
         self.id = next(session.ids)
+        self.taken = False
         if trace is None:
             self.mark()
         else:
@@ -238,6 +239,7 @@ class Session:
         self._undone: deque[tuple[int, Any]] = deque(maxlen=1000)  # lines whose writes were not done
         self._to_hear = 0  # the last frame whose reply told of some, until the worker knows that we know
         self._visits: list[weakref.ref[Any]] = []  # that may have left something: `late`
+        self.watched = False  # whether somebody may have put a hook on a node of a graph
         self._over: str | None = None  # why nothing more can be done here
         self._synchronous = synchronous
         self._tree = Tree()
@@ -315,7 +317,7 @@ class Session:
             if trace.sites and self.transport.remote and _nbytes(self._sent[slot.id]) >= CUT_BYTES:
                 raise Cut
             self._use(slot.id)
-        slot.trace, slot.register = trace, trace.take(slot.id, slot.spec)
+        slot.trace, slot.register, slot.taken = trace, trace.take(slot.id, slot.spec), True
         return slot.register
 
     def _use(self, ref: int) -> None:
@@ -507,8 +509,8 @@ class Session:
 
     @property
     def busy(self) -> bool:
-        """Whether work is queued or under way; dropping is no work."""
-        if self._sites or self.trace.sites or self._sent:
+        """Whether work is queued or under way; dropping is no work, and what nothing has used yet does not leave."""
+        if self._sites or self.trace.sites:
             return True
         return any(type(message) is not Drop for message, _ in tuple(self.outbox))
 

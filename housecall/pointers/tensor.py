@@ -16,6 +16,7 @@ from ..errors import SpentPointerError, UsageError
 from ..program.typing import DTYPES
 from ..wire.codec import ITEM_BYTES
 from ..wire.messages import Failure
+from . import backward
 from .calls import point
 from .dispatch import dispatch
 from .late import at_hand
@@ -144,6 +145,36 @@ class PointerTensor(torch.Tensor):
         """Ask the worker's owner to let this value out once, as it is now: `x.request("why").wait()`, then `.get()`."""
         return ask_owner(self._slot.session, [self._slot], reason)
 
+    # -- autograd: torch's, and noted where it could be changed from outside: `backward` ----------------------
+
+    def backward(
+        self, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+    ) -> None:
+        """As torch's."""
+        if gradient is None and not retain_graph and not create_graph and inputs is None:
+            backward.backward(PointerTensor, self, super().backward)
+        else:
+            super().backward(gradient, retain_graph, create_graph, inputs)  # type: ignore[no-untyped-call]  # torch's
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]  # torch's stubs take it for an attribute
+        """As torch's."""
+        self._slot.session.watched = True
+        return backward.grad_fn(self)
+
+    def register_hook(self, hook: Any) -> Any:
+        """As torch's."""
+        session = self._slot.session
+        watched = session.watched
+        found = super().register_hook(hook)  # type: ignore[no-untyped-call]  # torch's, which looks at `grad_fn`
+        session.watched, session.trace.watched = watched, True
+        return found
+
+    def retain_grad(self) -> None:
+        """As torch's."""
+        self._slot.session.trace.watched = True
+        super().retain_grad()
+
     # -- devices: torch would look for them on this machine -------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -171,6 +202,7 @@ class PointerTensor(torch.Tensor):
     def data(self, other: Any) -> None:
         if not isinstance(other, PointerTensor) or other._slot.session is not self._slot.session:
             raise UsageError(f".data of a tensor at '{self.location.id}' takes a pointer to that worker; .send() it")
+        self._slot.session.trace.watched = True  # what a graph has saved of it is another value now
         torch.Tensor.data.__set__(self, other.detach())  # type: ignore[attr-defined]  # a getset descriptor
         self._slot = other._slot
 

@@ -54,16 +54,20 @@ class Step:
 
     `given` says what the call gives, for whoever issues it, and `site` from where it was issued last; `after` has the
     steps that followed, by what decided them, `next` the call that followed last, perhaps after inputs, and `pattern`
-    what tells its own call from others (`repeat`). `endings` has how traces ended here, by the registers still pointed
-    at."""
+    what tells its own call from others (`repeat`), `backward` what the backward of a loss made here said (`backward`).
+    `endings` has how traces ended here, by the registers still pointed at."""
 
-    __slots__ = ("after", "before", "call", "counts", "endings", "given", "inputs", "next", "pattern", "site", "type")
+    __slots__ = (
+        "after", "backward", "before", "call", "counts", "endings", "given", "inputs", "next", "pattern", "site",
+        "type",
+    )  # fmt: skip
 
     def __init__(self, before: Step | None, type: TensorType | None, call: Call | None, given: Any) -> None:
         self.before, self.type, self.call, self.given = before, type, call, given
         self.site: Any = None
         self.next: Step | None = None
         self.pattern: Any = None
+        self.backward: Any = None
         values, calls, numbers = before.counts if before else (0, 0, 0)
         self.inputs: tuple[int, ...] = before.inputs if before else ()  # the registers of all inputs so far
         if type is not None:
@@ -85,6 +89,10 @@ class Step:
             found.append(step)
             step = step.before
         return found[::-1]
+
+
+def _nobody() -> None:
+    """What a weak reference gives whose object is gone."""
 
 
 def _all(arg: Arg) -> list[Ref]:
@@ -147,15 +155,17 @@ class Tree:
 class Trace:
     """A walk down a tree: `step` is where it stands, `ids` are the slots of its registers, `made` weak references to
     those that are results, `numbers` the floats of its calls, `sites` the lines that issued them. `room`: how many
-    calls it should still take."""
+    calls it should still take. `reaches_back`: whether autograd's graph of what it made goes on in an earlier trace;
+    `watched`: whether somebody has put a hook there."""
 
-    __slots__ = ("ids", "made", "numbers", "room", "sites", "step", "tree")
+    __slots__ = ("ids", "made", "numbers", "reaches_back", "room", "sites", "step", "tree", "watched")
 
     def __init__(self, tree: Tree, room: int) -> None:
         self.tree, self.step, self.room = tree, tree.root, room
         self.ids: list[int] = []
         self.made: list[Callable[[], Any]] = []
         self.numbers: list[float] = []
+        self.reaches_back = self.watched = False
         self.sites: list[Any] = []
 
     def take(self, id: int, spec: Any) -> Ref:
@@ -174,6 +184,11 @@ class Trace:
         at = len(self.ids)
         self.ids.append(slot.id)
         return register(at)
+
+    def pass_over(self, id: int) -> None:
+        """The next result is for nobody: it has an id, and no slot."""
+        self.made.append(_nobody)
+        self.ids.append(id)
 
     def is_whole(self) -> bool:
         """Whether no step was cut short."""

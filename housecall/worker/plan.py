@@ -168,17 +168,20 @@ class _Compiler:
         self._made: set[int] = set()  # registers that a step fills
         self.names: dict[int, tuple[list[str], dict[str, Any]]] = {}  # of a step's arguments, and those that are fixed
         self._turned: dict[int, int] = {}  # what `t` made -> of what
+        self._waiting: dict[int, tuple[int, Call]] = {}  # what `t` is to make if anything but a product reads it
         self._randomness = randomness
         self._read = {ref for _, ref in program.outputs}
         for call in plan.calls:
             self._read.update(ref for arg in (*call.args, *call.kwargs.values()) for ref in refs(arg))
         for ref in (*(item.id for item in program.inputs), *(ref for _, ref in program.numbers)):
             self._registers[ref] = self._new(None)
-        views_last = not any(_may_reshape(call) for call in plan.calls)
+        self._views_last = not any(_may_reshape(call) for call in plan.calls)
         self._over = taken_over(program)
         for number, call in enumerate(plan.calls):
-            if not (views_last and self._turned_back(call)):
+            if not self._may_wait(number, call):
                 self._compiled(number, call)
+        for ref in [ref for _, ref in program.outputs]:
+            self._found(ref)
         self.outs = [self._registers[ref] for _, ref in program.outputs]
         self.steps = tuple(self._steps())
 
@@ -204,16 +207,25 @@ class _Compiler:
             one, pairs = (out, None) if isinstance(out, int) else (0, out)
             yield number, function, _getter(row), one, pairs, tuple(dead.get(at, ()))
 
-    def _turned_back(self, call: Call) -> bool:
-        """Whether this turns back a matrix that was turned (autograd does so for every linear layer): no step then."""
-        if call.op != "t.default" or len(call.args) != 1 or not isinstance(call.args[0], Ref):
+    def _may_wait(self, number: int, call: Call) -> bool:
+        """Whether this turns a matrix (autograd does so all the time): if it turns back what was turned there is no
+        step, and products turn for themselves what they read."""
+        if not self._views_last or call.op != "t.default" or len(call.args) != 1 or not isinstance(call.args[0], Ref):
             return False
-        source = call.args[0].id
+        out, source = call.outs[0], call.args[0].id
         if source in self._turned:
-            self._registers[call.outs[0]] = self._registers[self._turned[source]]
-            return True
-        self._turned[call.outs[0]] = source
-        return False
+            self._registers[out] = self._registers[self._turned[source]]
+        else:
+            self._found(source)
+            self._turned[out] = source
+            self._waiting[out] = number, call
+        return True
+
+    def _found(self, ref: int) -> int:
+        """The register of a value; if it was to be turned once somebody reads it, that is a step now."""
+        if ref not in self._registers:
+            self._compiled(*self._waiting.pop(ref))
+        return self._registers[ref]
 
     def _compiled(self, number: int, call: Call) -> None:
         """Append the rows of one call."""
@@ -224,13 +236,17 @@ class _Compiler:
             if param.name not in by_name:
                 break
             given.append(by_name.pop(param.name))
+        turned = tuple([at for at, arg in enumerate(given) if isinstance(arg, Ref) and arg.id in self._waiting])
+        turning = _TURNING.get((call.op, turned)) if turned and not by_name else None
+        if turning is not None:
+            given = [Ref(self._turned[arg.id]) if at in turned else arg for at, arg in enumerate(given)]  # type: ignore[union-attr]  # those that are turned are references
         row = [self._register(number, arg) for arg in given]
         named = {name: arg for name, arg in by_name.items() if refs(arg)}
         names = [param.name for param in rules.params][: len(given)]
         fixed = {name: value_of(arg, {}) for name, arg in by_name.items() if name not in named}
         self.names[number] = [*names, *named], fixed
         writes = bool(written(call, rules))
-        function = in_place(call.op) if number in self._over else None
+        function = in_place(call.op) if number in self._over else turning
         if function is None:
             function = self._function(rules, fixed, len(row), tuple(named))
         if writes:
@@ -242,7 +258,7 @@ class _Compiler:
     def _register(self, number: int, arg: Arg) -> int:
         """The register of an argument."""
         if isinstance(arg, Ref):
-            return self._registers[arg.id]
+            return self._found(arg.id)
         if isinstance(arg, Items) and refs(arg):
             row = [self._register(number, item) for item in arg.items]
             made = self._new_made()
@@ -296,6 +312,26 @@ _DIRECT: dict[str, Callable[..., Any]] = {
 }
 
 
+def _turning_mm(x: Any, y: Any) -> Any:
+    return _functions.mm(x.t(), y)
+
+
+def _mm_turning(x: Any, y: Any) -> Any:
+    return _functions.mm(x, y.t())
+
+
+def _addmm_turning(bias: Any, x: Any, y: Any) -> Any:
+    return _functions.addmm(bias, x, y.t())
+
+
+# Products that turn for themselves the arguments at these places.
+_TURNING: dict[tuple[str, tuple[int, ...]], Callable[..., Any]] = {
+    ("mm.default", (0,)): _turning_mm,
+    ("mm.default", (1,)): _mm_turning,
+    ("addmm.default", (2,)): _addmm_turning,
+}
+
+
 def _getter(row: list[int]) -> Callable[[list[Any]], Any]:
     """What gives a step's arguments, as a sequence."""
     if len(row) > 1:
@@ -324,10 +360,10 @@ def _with_names(function: Callable[..., Any], count: int, names: tuple[str, ...]
     def named(*args: Any) -> Any:
         return function(*args[:count], **dict(zip(names, args[count:], strict=True)))
 
-    def step(x: Any, y: Any, value: Any) -> Any:  # as an optimizer's `add_(grad, alpha=-rate)`
-        return function(x, y, **{names[0]: value})
+    def scaled(x: Any, y: Any, alpha: Any) -> Any:  # as an optimizer's `add_(grad, alpha=-rate)`
+        return function(x, y, alpha=alpha)
 
-    return step if count == 2 and len(names) == 1 else named
+    return scaled if count == 2 and names == ("alpha",) else named
 
 
 def _drawing(function: Callable[..., Any], randomness: Randomness) -> Callable[..., Any]:

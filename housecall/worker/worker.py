@@ -211,6 +211,8 @@ class WorkerSession:
                     if halt.cause is not None:
                         halt.check(message)  # type: ignore[arg-type]  # `kind` says it is a Call
                     execute(message, store, randomness)  # type: ignore[arg-type]  # as above
+                elif kind is Put:
+                    store[message.id] = message.value.data  # type: ignore[union-attr]  # as above
                 elif kind is Drop:
                     for ref in message.ids:  # type: ignore[union-attr]  # as above
                         store.pop(ref, None)
@@ -266,11 +268,8 @@ class WorkerSession:
     def _answer(self, message: Message, results: list[Result]) -> None:
         meter = self.meter
         match message:
-            case Put(id=ref, value=value):
-                if meter is not None:
-                    meter.put(message)
-                else:
-                    self.store[ref] = value.data
+            case Put() if meter is not None:  # without one, `_free` has put it there
+                meter.put(message)
             case Fetch(ids=ids):
                 if meter is not None:
                     meter.check_question(ids)

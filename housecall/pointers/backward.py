@@ -1,0 +1,169 @@
+"""`loss.backward()`, once more: where the same graph hangs from the same loss, its calls are said as one phrase.
+
+A training loop builds the same graph batch after batch, and torch's engine walks it node by node: each gradient passes
+through torch's dispatcher and ours, to take a step that is known. But the gradients of a graph are calls that depend on
+nothing but the graph. So the first time torch does it, and what it said is remembered with the graph's shape; the next
+time the shape is looked at, the phrase said (`phrase`), each leaf given its gradient, and the graph freed by the
+engine.
+
+What must live here: when a backward is the same as one before. What must not: what any backward says: that is torch's.
+
+NOTE [The same graph]
+A graph is the same if these are:
+- the calls of the present trace up to the loss, so which operators were applied to which registers with what constants,
+  and their numbers, of which a gradient's may be made;
+- the graph's nodes and edges, and which leaf is in which register. That differs after `detach`, `no_grad`, or where a
+  parameter is frozen, none of which is a call.
+All must have been built in this trace: a graph that reaches back into an earlier one (`Trace.reaches_back`) is torch's.
+So is whatever could make a node do something else than its kind says: a Python function, a hook (`Session.watched`,
+`Trace.watched`), a gradient that is there already, a mode, autocast, anomaly detection.
+
+NOTE [Freed]
+torch frees what a graph has saved as its engine walks it, and refuses to walk it twice. So it still walks it, from a
+node that sends no gradient down: torch's nodes that get none give none, and issue nothing.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ..types import Ref
+from .phrase import Phrase, learned, said
+from .session import Session
+from .trace import Trace
+
+__all__ = ["backward", "grad_fn"]
+
+
+class Backward(NamedTuple):
+    """What a step remembers of the backward of a loss that was made there.
+
+    `loss`: its register. `shape`: of its graph. `leaves`: their registers, in the order in which the graph is walked.
+    `numbers`: of the calls before. `flags`: torch's, of which what a node does may depend."""
+
+    loss: Ref
+    shape: list[Any]
+    leaves: list[Ref]
+    numbers: bytes
+    flags: tuple[bool, ...]
+    phrase: Phrase
+
+
+def backward(cls: Any, loss: Any, plain: Callable[[], None]) -> None:
+    """Do what `plain` does: the backward of a loss with nothing special asked for, as torch does it."""
+    slot = loss._slot
+    session: Session = slot.session
+    with session.lock:
+        trace = session.trace
+        graph = _graph_of(cls, loss, trace) if slot.trace is trace and _is_plain(session, trace) else None
+        if graph is None:
+            plain()
+            return
+        here, (shape, leaves) = trace.step, graph
+        known: Backward | None = here.backward
+        said_of = slot.register, shape, [leaf._slot.register for leaf in leaves], _exact(trace.numbers), _flags()
+        if known is not None and known[:5] == said_of and trace.room > known.phrase.calls:
+            gradients = said(session, trace, known.phrase)
+            _free(loss)
+            for leaf, gradient in zip(leaves, gradients, strict=True):
+                leaf.grad = gradient
+            return
+        plain()
+        if session.trace is trace:
+            phrase = learned(cls, trace, here, [leaf.grad for leaf in leaves])
+            here.backward = phrase and Backward(*said_of, phrase)
+
+
+def _graph_of(cls: Any, loss: Any, trace: Trace) -> tuple[list[Any], list[Any]] | None:
+    """The shape of a loss's graph, and its leaves; `None` if it has something that only torch can walk."""
+    root = grad_fn(loss)
+    if root is None or loss.dim():
+        return None
+    nodes = {root: 0}
+    order, shape, leaves = [root], [loss.output_nr], []
+    for node in order:  # grows while it is walked
+        kind = type(node)
+        if kind is _Leaf:
+            leaf = node.variable
+            if type(leaf) is not cls or leaf._slot.trace is not trace or not _is_bare(leaf):
+                return None
+            leaves.append(leaf)
+        elif kind not in _NODES:
+            return None
+        shape.append(kind)
+        for following, number in node.next_functions:
+            if following is None:
+                shape.append(None)
+                continue
+            at = nodes.get(following)
+            if at is None:
+                at = nodes[following] = len(order)
+                order.append(following)
+            shape.append((at, number))
+    return shape, leaves
+
+
+def _exact(numbers: list[float]) -> bytes:
+    """Numbers as their bits: 0.0 and -0.0 are equal, and not the same."""
+    return array("d", numbers).tobytes() if numbers else b""
+
+
+def _is_bare(leaf: Any) -> bool:
+    """Whether a gradient of this leaf is just put there."""
+    return (
+        leaf.grad is None
+        and leaf.requires_grad
+        and leaf._backward_hooks is None
+        and leaf._post_accumulate_grad_hooks is None
+    )
+
+
+def _is_plain(session: Session, trace: Trace) -> bool:
+    """Whether nothing stands between a graph and what it says."""
+    return not (
+        trace.reaches_back
+        or trace.watched
+        or session.watched
+        or _count_dispatch_modes()
+        or _count_function_modes()
+        or _are_transforms_active()
+        or _is_autocast_on()
+        or torch.is_anomaly_enabled()
+    )
+
+
+def _flags() -> tuple[bool, ...]:
+    return torch.are_deterministic_algorithms_enabled(), torch._C._get_mkldnn_enabled()
+
+
+class _Freeing(torch.autograd.Function):
+    """Above a loss: sends no gradient down."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Any) -> torch.Tensor:
+        return _ONE.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> None:
+        return None
+
+
+def _free(loss: Any) -> None:
+    """Let torch free a loss's graph. See NOTE [Freed]."""
+    _walk((_above(loss),), (_ONE,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+_ONE = torch.ones(())
+_NODES = frozenset([kind for kind in vars(torch._C._functions).values() if isinstance(kind, type)])
+_c: Any = torch._C
+_tensor: Any = torch.Tensor
+_Leaf: Any = _c._functions.AccumulateGrad
+grad_fn: Any = _tensor.grad_fn.__get__  # a pointer's own says that somebody has looked
+_above: Any = super(torch.autograd.Function, _Freeing).apply  # without what functorch needs, which is not there
+_walk: Any = torch.autograd.Variable._execution_engine.run_backward
+_count_dispatch_modes, _count_function_modes = _c._len_torch_dispatch_stack, _c._len_torch_function_stack
+_are_transforms_active, _is_autocast_on = _c._are_functorch_transforms_active, _c._is_any_autocast_enabled
