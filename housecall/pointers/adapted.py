@@ -1,4 +1,5 @@
-"""Modules of torch's that need help while they are away: what they do helps itself to this machine's memory.
+"""Modules of torch's that need help while they are away: what they do helps itself to this machine's memory, or takes
+more calls than it needs (`chain`).
 
 NOTE [First states]
 `nn.LSTM` and kin make their first hidden state, zeros, where the input's `device` says; for a pointer that is here. So
@@ -25,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from . import chain
 from .tensor import PointerTensor
 
 __all__ = ["adapt", "restore"]
@@ -38,6 +40,8 @@ def adapt(parts: Iterable[nn.Module]) -> None:
     for part in parts:
         if isinstance(part, _FUSED):
             part.__dict__.setdefault("forward", functools.partial(_plainly, part))
+        if type(part) is nn.Sequential:
+            part.__dict__.setdefault("forward", functools.partial(chain.forward, part))
         if isinstance(part, _RECURRENT):
             if not any(hook is _with_first_state for hook in part._forward_pre_hooks.values()):
                 part.register_forward_pre_hook(_with_first_state, with_kwargs=True)
@@ -49,7 +53,7 @@ def adapt(parts: Iterable[nn.Module]) -> None:
 def restore(parts: Iterable[nn.Module]) -> None:
     """Undo it."""
     for part in parts:
-        if getattr(part.__dict__.get("forward"), "func", None) is _plainly:
+        if getattr(part.__dict__.get("forward"), "func", None) in (_plainly, chain.forward):
             del part.__dict__["forward"]
         if isinstance(part, _RECURRENT):
             for key, hook in list(part._forward_pre_hooks.items()):

@@ -16,7 +16,7 @@ A graph is the same if these are:
   parameter is frozen, none of which is a call.
 All must have been built in this trace: a graph that reaches back into an earlier one (`Trace.reaches_back`) is torch's.
 So is whatever could make a node do something else than its kind says: a Python function, a hook (`Session.watched`,
-`Trace.watched`), a gradient that is there already, a mode, autocast, anomaly detection.
+`Trace.watched`), a gradient that is there already, or what stands between (`aside`).
 
 NOTE [Freed]
 torch frees what a graph has saved as its engine walks it, and refuses to walk it twice. So it still walks it, from a
@@ -32,11 +32,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..types import Ref
+from .aside import nothing_between
 from .phrase import Phrase, learned, said
 from .session import Session
 from .trace import Trace
 
-__all__ = ["backward", "grad_fn"]
+__all__ = ["backward", "grad_fn", "is_known"]
 
 
 class Backward(NamedTuple):
@@ -76,6 +77,11 @@ def backward(cls: Any, loss: Any, plain: Callable[[], None]) -> None:
         if session.trace is trace:
             phrase = learned(cls, trace, here, [leaf.grad for leaf in leaves])
             here.backward = phrase and Backward(*said_of, phrase)
+
+
+def is_known(kind: type) -> None:
+    """What nodes of this kind say is decided by the calls before them, as with torch's own."""
+    _NODES.add(kind)
 
 
 def _graph_of(cls: Any, loss: Any, trace: Trace) -> tuple[list[Any], list[Any]] | None:
@@ -124,16 +130,7 @@ def _is_bare(leaf: Any) -> bool:
 
 def _is_plain(session: Session, trace: Trace) -> bool:
     """Whether nothing stands between a graph and what it says."""
-    return not (
-        trace.reaches_back
-        or trace.watched
-        or session.watched
-        or _count_dispatch_modes()
-        or _count_function_modes()
-        or _are_transforms_active()
-        or _is_autocast_on()
-        or torch.is_anomaly_enabled()
-    )
+    return not (trace.reaches_back or trace.watched or session.watched or not nothing_between())
 
 
 def _flags() -> tuple[bool, ...]:
@@ -158,12 +155,10 @@ def _free(loss: Any) -> None:
 
 
 _ONE = torch.ones(())
-_NODES = frozenset([kind for kind in vars(torch._C._functions).values() if isinstance(kind, type)])
+_NODES = {kind for kind in vars(torch._C._functions).values() if isinstance(kind, type)}
 _c: Any = torch._C
 _tensor: Any = torch.Tensor
 _Leaf: Any = _c._functions.AccumulateGrad
 grad_fn: Any = _tensor.grad_fn.__get__  # a pointer's own says that somebody has looked
 _above: Any = super(torch.autograd.Function, _Freeing).apply  # without what functorch needs, which is not there
 _walk: Any = torch.autograd.Variable._execution_engine.run_backward
-_count_dispatch_modes, _count_function_modes = _c._len_torch_dispatch_stack, _c._len_torch_function_stack
-_are_transforms_active, _is_autocast_on = _c._are_functorch_transforms_active, _c._is_any_autocast_enabled

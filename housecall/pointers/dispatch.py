@@ -9,6 +9,7 @@ NOTE [Operators that are not sent as they come]
 `item`               fetches
 `div.out`, ...       become the same without `out`, and a copy into it (`out`): nothing is resized
 `copy_`              takes a local source (so `load_state_dict` works), as torch copies between devices
+`flatten`, ...        become the operators that torch makes them of, where autograd has not done so: in inference mode
 `_pack_padded_sequence`  takes local lengths, and gives local batch sizes, as with CUDA: recurrent modules read them
 """
 
@@ -21,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..errors import PlaceError, UsageError
+from ..program.ops import table
 from ..transport.whole import whole
 from .calls import Rule, issue, item, point, session_of
 from .out import rewritten
@@ -62,11 +64,18 @@ dispatch._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.comp
 
 def _look_up(func: Any) -> tuple[Special | None, Rule | None]:
     with whole():  # a generator that is closed swallows an interrupt
-        special = _SPECIAL.get(func) or rewritten(func)
+        special = _SPECIAL.get(func) or rewritten(func) or (_composed if _is_composed(func) else None)
         if special is not None:
             return special, None
         rule = Rule(func)
         return (_reshape, None) if rule.operator.reshapes else (None, rule)
+
+
+def _is_composed(func: Any) -> bool:
+    """Whether a worker does not know an operator that torch makes of others."""
+    name = func.name().removeprefix("aten::")
+    known = name if "." in name else f"{name}.default"
+    return func.namespace == "aten" and known not in table() and bool(func.has_kernel_for_dispatch_key(_COMPOSITE))
 
 
 # -- operators that are not sent as they come: see the NOTE -----------------------------------------------
@@ -76,6 +85,10 @@ def _share(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     slot = args[0]._slot
     _ = slot.session
     return point(cls, slot)
+
+
+def _composed(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    return func.decompose(*args, **kwargs)
 
 
 def _scalar(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -170,6 +183,7 @@ def _pack(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 _aten = torch.ops.aten
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _COPY = Rule(_aten.copy_.default)
 _SPECIAL: dict[Any, Special] = {
     _aten.detach.default: _share,

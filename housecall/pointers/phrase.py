@@ -1,22 +1,32 @@
-"""Several calls that are issued together, as one: a loader's batch, or the whole backward of a loss.
+"""Several calls that are issued together, as one: the layers of a chain, or the whole backward of a loss.
 
 The first time they are issued one by one, and the step before them remembers where that led. From then on, when the
 same is to be said there of the same registers, the trace goes to the last of their steps at once: nothing passes
 through torch's dispatcher, and what is made in between has no pointer here.
 
 What must live here: how a phrase is learned, and how a trace takes it. What must not: when one may be said (`backward`,
-`data`).
+`chain`).
+
+NOTE [Views]
+Where in its storage a view begins depends on its base, and registers do not say that. So a result that is a view of
+what the trace had before is learned only where all that was given begins at its storage's start, as it must when it is
+said.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from ..program.call import refs
+from ..program.check import arguments
+from ..program.ops import operator
+from ..types import Ref
 from .repeat import Result, pointer_to, result_of
-from .session import Session, caller_again
+from .session import Cut, Session, caller_again
 from .trace import Step, Trace
 
-__all__ = ["Phrase", "learned", "said"]
+__all__ = ["Phrase", "learned", "said", "say"]
 
 
 class Phrase(NamedTuple):
@@ -51,18 +61,60 @@ def said(session: Session, trace: Trace, phrase: Phrase) -> list[Any]:
         raise
 
 
-def learned(cls: Any, trace: Trace, here: Step, results: list[Any]) -> Phrase | None:
+def say(
+    cls: Any, session: Session, what: Any, act: Callable[..., Sequence[Any]], pointers: tuple[Any, ...]
+) -> Sequence[Any]:
+    """`act(*pointers)`: new pointers, each once. `what` decides what it says of given registers."""
+    with session.lock:
+        trace = session.trace
+        registers = _registers(session, trace, pointers)
+        here = trace.step
+        known = here.phrase
+        if known is not None and known[0] is what and known[1] == registers and trace.room > known[2].calls:
+            return said(session, trace, known[2])
+        results = act(*pointers)
+        if registers is not None and session.trace is trace:
+            phrase = learned(cls, trace, here, results, views=True)
+            here.phrase = phrase and (what, registers, phrase)
+        return results
+
+
+def _registers(session: Session, trace: Trace, pointers: tuple[Any, ...]) -> list[Ref] | None:
+    """The registers that these pointers have in the present trace, which takes what it has not taken yet; `None` if it
+    cannot, or if one begins within its storage: see NOTE [Views]."""
+    found = []
+    try:
+        for pointer in pointers:
+            slot = pointer._slot
+            if slot.trace is not trace:
+                if slot.session is not session:
+                    return None
+                session.take(slot)
+            if slot.taken and not pointer.is_leaf:
+                trace.reaches_back = True
+            if slot.skip:
+                return None
+            found.append(slot.register)
+    except Cut:  # the call that uses it will see to that
+        return None
+    return found
+
+
+def learned(cls: Any, trace: Trace, here: Step, results: Sequence[Any], *, views: bool = False) -> Phrase | None:
     """The phrase that was said since the trace was at the step `here`, of which these pointers are the results; `None`
-    if it cannot be said again: it used what the trace had not used before, or did not give new values."""
-    steps = 0
+    if it cannot be said again: it used what the trace had not used before, or did not give new values. `views`: whether
+    they may be views of what was there before; see NOTE [Views]."""
+    steps: list[Step] = []
     step: Step | None = trace.step
     while step is not here:
         if step is None or step.call is None:
             return None
-        step, steps = step.before, steps + 1
+        steps.append(step)
+        step = step.before
     first, end = here.counts[0], trace.step
     if not steps:
         return None
+    inner = _inner_views(steps[::-1], first)
     makes: list[Result | None] = [None] * (end.counts[0] - first)
     gives: list[int] = []
     for pointer in results:
@@ -72,8 +124,24 @@ def learned(cls: Any, trace: Trace, here: Step, results: list[Any]) -> Phrase | 
         if slot.trace is not trace or slot.skip or slot.register.id <= first:
             return None
         at = slot.register.id - 1 - first
-        if makes[at] is not None:
+        if makes[at] is not None or (slot.register.id in inner and not views):
             return None
         makes[at] = result_of(cls, slot.register, slot.spec)
         gives.append(at)
-    return Phrase(steps, end, trace.numbers[here.counts[2] :], tuple(makes), tuple(gives))
+    return Phrase(len(steps), end, trace.numbers[here.counts[2] :], tuple(makes), tuple(gives))
+
+
+def _inner_views(steps: list[Step], first: int) -> set[int]:
+    """The values made by these steps that share a storage with one of the `first` values."""
+    found: set[int] = set()
+    at = first
+    for step in steps:
+        assert step.call is not None
+        rules = operator(step.call.op)
+        named = {param.name: arg for param, arg in arguments(rules, step.call)}
+        bases = [ref for given in rules.returns if given.view_of for ref in refs(named.get(given.view_of))]
+        made = range(at + 1, step.counts[0] + 1)
+        at = step.counts[0]
+        if any(base <= first or base in found for base in bases):
+            found.update(made)
+    return found

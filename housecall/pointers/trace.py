@@ -54,12 +54,13 @@ class Step:
 
     `given` says what the call gives, for whoever issues it, and `site` from where it was issued last; `after` has the
     steps that followed, by what decided them, `next` the call that followed last, perhaps after inputs, and `pattern`
-    what tells its own call from others (`repeat`), `backward` what the backward of a loss made here said (`backward`).
+    what tells its own call from others (`repeat`), `phrase` what was last said here in several calls (`phrase`) and
+    `backward` what the backward of a loss made here said (`backward`).
     `endings` has how traces ended here, by the registers still pointed at."""
 
     __slots__ = (
-        "after", "backward", "before", "call", "counts", "endings", "given", "inputs", "next", "pattern", "site",
-        "type",
+        "after", "backward", "before", "call", "counts", "endings", "given", "inputs", "next", "pattern", "phrase",
+        "site", "type",
     )  # fmt: skip
 
     def __init__(self, before: Step | None, type: TensorType | None, call: Call | None, given: Any) -> None:
@@ -67,6 +68,7 @@ class Step:
         self.site: Any = None
         self.next: Step | None = None
         self.pattern: Any = None
+        self.phrase: Any = None
         self.backward: Any = None
         values, calls, numbers = before.counts if before else (0, 0, 0)
         self.inputs: tuple[int, ...] = before.inputs if before else ()  # the registers of all inputs so far

@@ -28,11 +28,25 @@ class Spec:
     and compares by identity.
 
     `start` is the same type at the start of its storage, `skip` how many bytes of the storage come before this one.
-    `volume` is the bytes of its elements, each counted as often as it is repeated: what a loop over it goes through.
-    An empty dimension counts as one, since some loops go over the others. `wrapper` is what torch is told to make a
-    tensor without elements of this type, at the start of a storage: the less it is told, the faster."""
+    `volume` is the bytes of its elements, each counted as often as it is repeated: what a loop over it goes through. An
+    empty dimension counts as one, since some loops go over the others. `dense`: whether its elements lie side by side
+    from the start of the storage on, as they are. `wrapper` is what torch is told to make a tensor without elements of
+    this type, at the start of a storage: the less it is told, the faster."""
 
-    __slots__ = ("bits", "device", "dtype", "offset", "size", "skip", "start", "stride", "type", "volume", "wrapper")
+    __slots__ = (
+        "bits",
+        "dense",
+        "device",
+        "dtype",
+        "offset",
+        "size",
+        "skip",
+        "start",
+        "stride",
+        "type",
+        "volume",
+        "wrapper",
+    )
 
     def __init__(self, type_: TensorType) -> None:
         self.type = type_
@@ -45,7 +59,9 @@ class Spec:
         self.skip = type_.offset * self.dtype.itemsize
         self.start: Spec = spec(msgspec.structs.replace(type_, offset=0)) if type_.offset else self
         self.volume = self.dtype.itemsize * math.prod(max(n, 1) for n in type_.shape)
-        stride = None if self.stride == _dense(type_.shape) else self.stride
+        side_by_side = self.stride == _dense(type_.shape)
+        self.dense = side_by_side and not (self.bits or type_.offset)
+        stride = None if side_by_side else self.stride
         self.wrapper = self.size, stride, None, None, self.dtype, torch.strided, self.device
 
 

@@ -1,0 +1,267 @@
+"""A chain of layers on pointers, an `nn.Sequential` of torch's own, as one node of the graph.
+
+torch builds a node for each operator, and each of them, and each of its gradients, passes through torch's dispatcher
+and ours. What a chain of its layers says is known from the layers. So it is one node: its forward is said as one phrase
+(`phrase`), and its backward is the products and sums that torch's formulas take, in their order, without those that
+only turn a matrix or share it. The same kernels get the same operands, so the values are the same, bit for bit.
+
+What must live here: which layers are known, and what they say. What must not: how a phrase is learned. Where a chain
+has anything else (a layer that is not in the table, a hook, a shape for which torch takes other operators) torch does
+it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules import module as torch_module
+
+from ..program.outcome import Spec
+from .aside import nothing_between
+from .backward import is_known
+from .phrase import say
+from .tensor import PointerTensor
+
+__all__ = ["forward"]
+
+Size = tuple[int, ...]
+_aten: Any = torch.ops.aten
+
+
+class Layer(NamedTuple):
+    """A kind of layer. `settings` are its attributes that decide what it says.
+
+    `size(settings, size of x, parameters' specs)` is the size of its result, `None` if torch says it in another way;
+    `run(settings, x, *parameters)` the result. `back(settings, size of x, gradient, kept, needs, *parameters)` gives
+    the gradients of x and of each parameter, `None` where `needs` says so; `keeps` is which value it takes: "x" or
+    "out"."""
+
+    settings: tuple[str, ...]
+    size: Callable[..., Size | None]
+    run: Callable[..., Any]
+    back: Callable[..., tuple[Any, ...]]
+    keeps: str = ""
+
+
+def _flat_size(settings: tuple[int, int], size: Size) -> Size | None:
+    if not all(-len(size) <= dim < len(size) for dim in settings):
+        return None
+    start, end = (dim % len(size) for dim in settings)
+    if start >= end or 0 in size:
+        return None
+    return (*size[:start], torch.Size(size[start : end + 1]).numel(), *size[end + 1 :])
+
+
+def _linear_size(settings: tuple[()], size: Size, weight: Spec, bias: Spec | None = None) -> Size | None:
+    """torch takes other products for what lies transposed, and a matrix of one row or column lies so as well."""
+    if bias is None or len(size) != 2 or size[1] != weight.size[1] or min(*size, *weight.size) < 2:
+        return None
+    return size[0], weight.size[0]
+
+
+def _linear_back(
+    settings: tuple[()], size: Size, grad: Any, x: Any, needs: tuple[bool, ...], weight: Any, bias: Any
+) -> tuple[Any, ...]:
+    return (
+        grad.mm(weight) if needs[0] else None,
+        grad.t().mm(x) if needs[1] else None,
+        grad.sum(0) if needs[2] else None,
+    )
+
+
+def _activation(run: Callable[..., Any], back: Callable[..., Any], keeps: str, *settings: str) -> Layer:
+    """A layer that takes each element by itself. Only `inplace=False` is known."""
+    return Layer(
+        settings,
+        lambda settings, size: None if True in settings else size,
+        lambda settings, x: run(settings, x),
+        lambda settings, size, grad, kept, needs: (back(settings, grad, kept) if needs[0] else None,),
+        keeps,
+    )
+
+
+_LAYERS: dict[type, Layer] = {
+    nn.Flatten: Layer(
+        ("start_dim", "end_dim"),
+        _flat_size,
+        lambda settings, x: x.flatten(*settings),
+        lambda settings, size, grad, kept, needs: (grad.reshape(size) if needs[0] else None,),
+    ),
+    nn.Linear: Layer(
+        (), _linear_size, lambda settings, x, weight, bias: torch.addmm(bias, x, weight.t()), _linear_back, "x"
+    ),
+    nn.ReLU: _activation(
+        lambda settings, x: torch.relu(x),
+        lambda settings, grad, out: _aten.threshold_backward(grad, out, 0),
+        "out", "inplace",
+    ),
+    nn.Tanh: _activation(
+        lambda settings, x: torch.tanh(x), lambda settings, grad, out: _aten.tanh_backward(grad, out), "out"
+    ),
+    nn.Sigmoid: _activation(
+        lambda settings, x: torch.sigmoid(x), lambda settings, grad, out: _aten.sigmoid_backward(grad, out), "out"
+    ),
+    nn.GELU: _activation(
+        lambda settings, x: functional.gelu(x, approximate=settings[0]),
+        lambda settings, grad, x: _aten.gelu_backward(grad, x, approximate=settings[0]),
+        "x", "approximate",
+    ),
+}  # fmt: skip
+
+
+class _Link(NamedTuple):
+    """A layer at its place in a chain: the size of its x, where its parameters begin among those of the chain and end,
+    and which of the chain's values it keeps (-1 if none): the chain's x is the first of them."""
+
+    layer: Layer
+    settings: tuple[Any, ...]
+    size: Size
+    begin: int
+    end: int
+    kept: int
+
+
+class Chain:
+    """What layers of these kinds, settings and types say, one after the other. It holds no module."""
+
+    def __init__(self, links: list[_Link]) -> None:
+        self.links = links
+        self.kept = sorted({link.kept for link in links if link.kept > 0})  # beside x, which is there already
+
+    def run(self, x: Any, *parameters: Any) -> tuple[Any, ...]:
+        """The values that a backward takes, in their order, and the result."""
+        values = [x]
+        for link in self.links:
+            values.append(link.layer.run(link.settings, values[-1], *parameters[link.begin : link.end]))
+        return (*[values[at] for at in self.kept if at < len(self.links)], values[-1])
+
+    def back(self, grad: Any, values: dict[int, Any], parameters: Any, needs: tuple[bool, ...]) -> tuple[Any, ...]:
+        """The gradients of x and of the parameters; `needs` says of which."""
+        found: list[Any] = [None] * len(needs)
+        for link in reversed(self.links):
+            wanted = any(needs[: 1 + link.begin]), *needs[1 + link.begin : 1 + link.end]
+            kept, own = values.get(link.kept), parameters[link.begin : link.end]
+            grad, *found[1 + link.begin : 1 + link.end] = link.layer.back(
+                link.settings, link.size, grad, kept, wanted, *own
+            )
+            if grad is None:
+                return tuple(found)
+        found[0] = grad if needs[0] else None
+        return tuple(found)
+
+
+class _Node(torch.autograd.Function):
+    """A chain, x and the parameters -> the result."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, x: Any, *parameters: Any) -> Any:
+        *kept, out = say(PointerTensor, x._slot.session, chain, chain.run, (x, *parameters))
+        if chain.kept[-1:] == [len(chain.links)]:
+            kept.append(out)
+        ctx.save_for_backward(x, *parameters, *kept)
+        ctx.set_materialize_grads(False)
+        ctx.chain = chain
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        chain, needs = ctx.chain, ctx.needs_input_grad[1:]
+        if grad is None:
+            return (None, *[None] * len(needs))
+        x, *others = ctx.saved_tensors
+        parameters, kept = others[: len(needs) - 1], others[len(needs) - 1 :]
+        if torch.is_grad_enabled():  # the gradients are to have a graph: torch's own
+            return None, *_differentiable(chain.run(x, *parameters)[-1], [x, *parameters], grad, needs)
+        return None, *chain.back(grad, {0: x, **dict(zip(chain.kept, kept, strict=True))}, parameters, needs)
+
+
+def _differentiable(out: Any, inputs: list[Any], grad: Any, needs: tuple[bool, ...]) -> list[Any]:
+    wanted = [one for one, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return [next(found) if need else None for need in needs]
+
+
+_apply: Any = super(torch.autograd.Function, _Node).apply  # without what functorch needs, which is not there
+is_known(_Node._backward_cls)  # what torch makes of it
+_chains: dict[Any, Chain | None] = {}
+_MOST = 1 << 12  # chains that are remembered
+
+
+def forward(part: nn.Sequential, x: Any) -> Any:
+    """`nn.Sequential.forward` of a module that is away."""
+    if type(x) is PointerTensor and nothing_between():
+        parameters: list[Any] = []
+        key = _key(part, x, parameters)
+        chain = _chain_of(key) if key is not None else None
+        if chain is not None:
+            return _apply(chain, x, *parameters)
+    return nn.Sequential.forward(part, x)  # type: ignore[no-untyped-call]  # torch's
+
+
+forward._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile's mark: not to be traced into
+
+
+def _key(part: nn.Sequential, x: Any, parameters: list[Any]) -> Any:
+    """What decides what a chain says, and its parameters; `None` if not only its layers do."""
+    session = x._slot.session
+    key: list[Any] = [x._slot.spec]
+    for child in part._modules.values():
+        kind = type(child)
+        layer, held = _LAYERS.get(kind), child.__dict__
+        if layer is None or _is_watched(held):
+            return None
+        key.append((kind, *[held[name] for name in layer.settings]))
+        for parameter in held["_parameters"].values():
+            if type(parameter) is not PointerTensor or parameter._slot.session is not session:
+                return None
+            key.append(parameter._slot.spec)
+            parameters.append(parameter)
+    return None if torch_module._has_any_global_hook() else tuple(key)
+
+
+def _is_watched(held: dict[str, Any]) -> bool:
+    """Whether a layer with these attributes has hooks, or a forward of its own."""
+    return bool(
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+    )
+
+
+def _chain_of(key: tuple[Any, ...]) -> Chain | None:
+    """The chain of a key, `None` if torch says it in another way."""
+    try:
+        return _chains[key]
+    except KeyError:
+        if len(_chains) >= _MOST:
+            _chains.clear()
+        found = _chains[key] = _made(key)
+        return found
+
+
+def _made(key: tuple[Any, ...]) -> Chain | None:
+    specs = [one for one in key if isinstance(one, Spec)]
+    if not all(spec.dense and spec.dtype is specs[0].dtype for spec in specs) or not specs[0].dtype.is_floating_point:
+        return None
+    size: Size | None = specs[0].size
+    links: list[_Link] = []
+    begin = 0
+    kinds = [at for at, one in enumerate(key) if not isinstance(one, Spec)]
+    for number, (at, after) in enumerate(zip(kinds, [*kinds[1:], len(key)], strict=True)):
+        kind, *settings = key[at]
+        layer, own = _LAYERS[kind], key[at + 1 : after]
+        before = size
+        size = layer.size(tuple(settings), before, *own)
+        if size is None or before is None:
+            return None
+        end = begin + len(own)
+        kept = {"x": number, "out": number + 1}.get(layer.keeps, -1)
+        links.append(_Link(layer, tuple(settings), before, begin, end, kept))
+        begin = end
+    return Chain(links) if len(links) > 1 else None
