@@ -252,6 +252,21 @@ def test_numbers(clinic: hc.VirtualWorker, phrases: list[int]) -> None:
     assert len(phrases) == 4
 
 
+def test_one_of_several_results(clinic: hc.VirtualWorker, phrases: list[int]) -> None:
+    x: Any = torch.randn(2, 3).send(clinic)  # type: ignore[attr-defined]  # the hook's
+    local = x.copy().get()
+    for leaf in (x, local):
+        leaf.requires_grad_()
+    for _ in range(4):
+        for leaf in (x, local):
+            leaf.grad = None
+            values = torch.var_mean(leaf * 2)
+            values[0].backward()
+        same([x.grad], [local.grad])
+        clinic.session.wait()
+    assert phrases
+
+
 def test_dropout(clinic: hc.VirtualWorker, phrases: list[int]) -> None:
     model, plain = twins(lambda: nn.Sequential(nn.Linear(6, 40), nn.Dropout(0.4), nn.Linear(40, 3)))
     found = []

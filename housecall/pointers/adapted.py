@@ -35,9 +35,22 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _FUSED = (nn.LSTM, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
+def _needs_help(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class may be among those of the NOTEs, or chains."""
+    found = _helped.get(kind)
+    if found is None:
+        found = _helped[kind] = issubclass(kind, (*_FUSED, *_RECURRENT, nn.TransformerEncoder, nn.Sequential))
+    return found
+
+
+_helped: dict[type[nn.Module], bool] = {}
+
+
 def adapt(parts: Iterable[nn.Module]) -> None:
     """Help these modules while they are away. Doing it twice is harmless."""
     for part in parts:
+        if not _needs_help(type(part)):
+            continue
         if isinstance(part, _FUSED):
             part.__dict__.setdefault("forward", functools.partial(_plainly, part))
         if type(part) is nn.Sequential:
@@ -53,6 +66,8 @@ def adapt(parts: Iterable[nn.Module]) -> None:
 def restore(parts: Iterable[nn.Module]) -> None:
     """Undo it."""
     for part in parts:
+        if not _needs_help(type(part)):
+            continue
         if getattr(part.__dict__.get("forward"), "func", None) in (_plainly, chain.forward):
             del part.__dict__["forward"]
         if isinstance(part, _RECURRENT):

@@ -19,12 +19,13 @@ So is whatever could make a node do something else than its kind says: a Python 
 `Trace.watched`), a gradient that is there already, or what stands between (`aside`).
 
 NOTE [Freed]
-torch frees what a graph has saved as its engine walks it, and refuses to walk it twice. So it still walks it, from a
-node that sends no gradient down: torch's nodes that get none give none, and issue nothing.
+torch frees what a graph has saved as its engine walks it, and refuses to walk it twice. So it still walks it, with no
+gradient: a hook takes away that of the loss. torch's nodes that get none give none, and issue nothing.
 """
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -137,28 +138,28 @@ def _flags() -> tuple[bool, ...]:
     return torch.are_deterministic_algorithms_enabled(), torch._C._get_mkldnn_enabled()
 
 
-class _Freeing(torch.autograd.Function):
-    """Above a loss: sends no gradient down."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Any) -> torch.Tensor:
-        return _ONE.detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Any) -> None:
-        return None
-
-
 def _free(loss: Any) -> None:
     """Let torch free a loss's graph. See NOTE [Freed]."""
-    _walk((_above(loss),), (_ONE,), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    hook = grad_fn(loss).register_prehook(_nothing)
+    try:
+        _walk((loss,), (_one(loss.dtype),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    finally:
+        hook.remove()
 
 
-_ONE = torch.ones(())
+def _nothing(gradients: tuple[Any, ...]) -> tuple[None, ...]:
+    """What is sent down in place of the gradients of a loss."""
+    return (None,) * len(gradients)
+
+
+@functools.cache
+def _one(dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones((), dtype=dtype)
+
+
 _NODES = {kind for kind in vars(torch._C._functions).values() if isinstance(kind, type)}
 _c: Any = torch._C
 _tensor: Any = torch.Tensor
 _Leaf: Any = _c._functions.AccumulateGrad
 grad_fn: Any = _tensor.grad_fn.__get__  # a pointer's own says that somebody has looked
-_above: Any = super(torch.autograd.Function, _Freeing).apply  # without what functorch needs, which is not there
 _walk: Any = torch.autograd.Variable._execution_engine.run_backward

@@ -14,8 +14,8 @@ import torch
 from ..errors import PlaceError, UnknownOperator, UsageError
 from ..program.call import HOLE, Arg, Call, Complex, Items, Symbol
 from ..program.ops import Return, operator
-from ..program.outcome import UNTYPED, Outcome, Spec, by_kind, infer, spec, stand_in
-from ..program.typing import meta, type_of
+from ..program.outcome import UNTYPED, Outcome, Spec, by_kind, infer, spec, spec_of, stand_in
+from ..program.typing import meta
 from ..transport.whole import whole
 from ..types import Ref, TensorType
 from .adoption import LocalTensor, adopted
@@ -304,7 +304,7 @@ def _type_part(cls: Any, arg: Any, by_kind: bool) -> Any:
     if kind is cls:
         return arg._slot.spec
     if isinstance(arg, torch.Tensor):
-        return spec(type_of(arg))
+        return spec_of(arg)
     if kind is float or kind is int:
         return kind if by_kind else (kind, arg)
     if isinstance(arg, list | tuple):

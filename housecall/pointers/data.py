@@ -19,13 +19,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from ..errors import DataError, UsageError
-from .dispatch import dispatch
-from .session import Session
+from .calls import point
+from .phrase import say
+from .session import Session, caller
 from .tensor import PointerTensor, send, session_of
 
 __all__ = ["FederatedDataLoader", "FederatedDataset", "Part", "federate"]
 
-_SELECT = torch.ops.aten.index_select.default
 CHUNK = 256  # records collated at once while a data set is read: bounds the memory beside the data itself
 
 
@@ -46,6 +46,11 @@ class Part:
     def columns(self) -> list[PointerTensor]:
         """Pointers, (records, ...) each."""
         return self._columns
+
+    @functools.cached_property
+    def assembled(self) -> Callable[[list[Any]], Any]:
+        """What makes a sample of its columns."""
+        return _assembled(self.structure)
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -160,15 +165,21 @@ class FederatedDataLoader:
 
     def _of(self, part: Part, order: torch.Tensor | None) -> Iterator[Any]:
         splits = [torch.split(source, self.batch_size) for source in (part.columns if order is None else [order])]
-        assembled = _assembled(part.structure)
+        assembled, session, site = part.assembled, session_of(part.location), caller()
+        session.check_open()
         for pieces in zip(*(split[: self._batches(part)] for split in splits), strict=True):
             if order is None:
                 batch = [piece.clone() for piece in pieces]
             else:
-                chosen = send(pieces[0], part.location)
-                batch = [dispatch(PointerTensor, _SELECT, (), (column, 0, chosen)) for column in part.columns]
-                del chosen  # a batch that the caller still works with is to keep nothing but itself
+                given = (point(PointerTensor, session.put(pieces[0], site)), *part.columns)
+                batch = list(say(PointerTensor, session, _selected, _selected, given))
+                del given  # a batch that the caller still works with is to keep nothing but itself
             yield assembled(batch)
+
+
+def _selected(chosen: PointerTensor, *columns: PointerTensor) -> list[torch.Tensor]:
+    """The records of these numbers, of each column."""
+    return [column.index_select(0, chosen) for column in columns]
 
 
 def _assembled(structure: Any) -> Callable[[list[Any]], Any]:

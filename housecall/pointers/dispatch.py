@@ -40,6 +40,8 @@ _known: dict[int, tuple[Special | None, Rule | None]] = {}
 def dispatch(cls: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
     """Do one operation on pointers of class `cls`: its `__torch_dispatch__`, which torch calls below autograd."""
     if args and type(args[0]) is cls:
+        if func is _DETACH:  # the most frequent of all: autograd's own
+            return _share(cls, func, args, kwargs)
         session = args[0]._slot.session
         expected = session.trace.step.next
         if expected is not None and expected.pattern[0] is func:
@@ -81,7 +83,7 @@ def _is_composed(func: Any) -> bool:
 # -- operators that are not sent as they come: see the NOTE -----------------------------------------------
 
 
-def _share(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _share(cls: Any, func: Any, args: Any, kwargs: dict[str, Any] | None) -> Any:
     slot = args[0]._slot
     _ = slot.session
     return point(cls, slot)
@@ -183,6 +185,7 @@ def _pack(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 _aten = torch.ops.aten
+_DETACH = _aten.detach.default
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _COPY = Rule(_aten.copy_.default)
 _SPECIAL: dict[Any, Special] = {

@@ -38,10 +38,18 @@ class Visit:
         self._left.append(weakref.ref(late))
         return late
 
+    def take(self, pointer: Any) -> LateTensor:
+        """The same, for a pointer that nobody else has: it is that tensor from now on."""
+        pointer.__class__ = LateTensor
+        pointer._visit, pointer._value = self, None
+        self._left.append(weakref.ref(pointer))
+        return pointer  # type: ignore[no-any-return]  # it was another
+
     def bring(self) -> None:
         """Fetch all that somebody still holds, in one round trip; one by one if not all may leave. Raises
         `OperatorError`, `PolicyError` or `WorkerGone`; what was left stays so, and can be asked for again."""
-        waiting = [late for late in (ref() for ref in self._left) if late is not None and late._slot is not None]
+        held = [ref() for ref in self._left]
+        waiting = [late for late in held if type(late) is LateTensor and late._slot is not None]  # some went back
         if not waiting:
             return
         trouble = self._brought(waiting)
@@ -76,6 +84,13 @@ class LateTensor(torch.Tensor):
     def slot(self) -> Slot | None:
         """Where the value still is."""
         return self._slot
+
+    def back(self, cls: Any) -> Any:
+        """A pointer to its value, which is still at the worker. Nobody else has this tensor: it is that from now on."""
+        with torch._C.DisableTorchFunctionSubclass():
+            del self._visit, self._value
+            self.__class__ = cls
+        return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -14,7 +14,9 @@ worker each parameter keeps what it held at home, and has it again if that worke
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -55,8 +57,9 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
 def _leave_all(tensors: list[torch.Tensor], session: Session, site: Site | None) -> None:
     homes: list[torch.Tensor] = []
     try:
-        for tensor in tensors:
-            homes.append(_leave(tensor, session, site))
+        with torch.no_grad():  # what is sent is no part of a graph
+            for tensor in tensors:
+                homes.append(_leave(tensor, session, site))
     except BaseException:
         for tensor, home in zip(tensors, homes, strict=False):
             return_home(tensor, home)
@@ -118,9 +121,9 @@ def _tensors(parts: list[nn.Module]) -> list[torch.Tensor]:
     """Parameters and buffers, each once, however often it is shared."""
     found: dict[int, torch.Tensor] = {}
     for part in parts:
-        for tensor in (*part._parameters.values(), *part._buffers.values()):
-            if tensor is not None:
-                found[id(tensor)] = tensor
+        for held in (part._parameters, part._buffers):
+            if held:
+                found.update([(id(tensor), tensor) for tensor in held.values() if tensor is not None])
     return list(found.values())
 
 
@@ -149,6 +152,11 @@ def _check_hooks(tensor: torch.Tensor) -> None:
 
 def _bring_home(session: Session, pointers: list[PointerTensor]) -> HousecallError | None:
     """Bring these home, and return what is to be said of it. Raises if they stay."""
+    with nullcontext() if session.transport.remote else whole():  # a worker in this process is not left waiting
+        return _brought_home(session, pointers)
+
+
+def _brought_home(session: Session, pointers: list[PointerTensor]) -> HousecallError | None:
     try:
         values, trouble = session.bring([pointer._slot for pointer in pointers])
     except WorkerGone as gone:
@@ -167,9 +175,22 @@ def _bring_home(session: Session, pointers: list[PointerTensor]) -> HousecallErr
             grad: Any = pointer.grad
             value.requires_grad_(pointer.requires_grad)
             if isinstance(grad, PointerTensor) and not isinstance(grad._slot, Spent):
-                value.grad = visit.leave(grad._slot) if is_at(grad, session) else grad
+                value.grad = _left(grad, visit) if is_at(grad, session) else grad
             return_home(pointer, value)
     return trouble
+
+
+def _left(grad: PointerTensor, visit: Visit) -> LateTensor:
+    """A gradient at home whose value stays at the worker. If nobody else has the pointer, it is that from now on."""
+    return visit.take(grad) if _is_its_own(grad) else visit.leave(grad._slot)
+
+
+def _is_its_own(grad: Any) -> bool:
+    """Whether only a tensor refers to its gradient: and whoever asks, once, of one that has it as well.
+
+    Counted: by Python in those two, here, for the asking, and in torch's tensor; by torch that, and Python's object.
+    Where torch counts in another way the answer is no, and a gradient changes its object."""
+    return bool(sys.getrefcount(grad) == 5 and grad._use_count() == 2)
 
 
 def _leave(tensor: torch.Tensor, session: Session, site: Site | None) -> torch.Tensor:
@@ -195,10 +216,12 @@ def _leave(tensor: torch.Tensor, session: Session, site: Site | None) -> torch.T
 
 def _sent_gradient(grad: torch.Tensor, session: Session, site: Site | None) -> Any:
     """A pointer to a gradient that goes along. One that never came home is there already, or is brought when used."""
-    slot = grad.slot if isinstance(grad, LateTensor) else None
-    if slot is None or slot.session is not session:
-        slot = session.put_later(grad, site) if slot is not None else session.put(grad, site)
-    return point(PointerTensor, slot)
+    if not isinstance(grad, LateTensor) or grad.slot is None:
+        return point(PointerTensor, session.put(grad, site))
+    slot = grad.slot
+    if slot.session is not session:
+        return point(PointerTensor, session.put_later(grad, slot.spec, site))
+    return grad.back(PointerTensor) if _is_its_own(grad) else point(PointerTensor, slot)
 
 
 def return_home(tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -207,13 +230,13 @@ def return_home(tensor: torch.Tensor, value: torch.Tensor) -> None:
     kind = held.get("_home_class", _plain_class(tensor))
     _swap(tensor, value)
     tensor.__class__, value.__class__ = kind, PointerTensor
-    for name in _HELD:
-        held.pop(name, None)
+    for name in _HELD.intersection(held):
+        del held[name]
     value._slot = _MOVED  # type: ignore[attr-defined]  # a graph may hold it; nobody else does
     _watch(value)
 
 
-_HELD = ("_slot", "_is_param", "_id", "_home_class", "_home")
+_HELD = frozenset(("_slot", "_is_param", "_id", "_home_class", "_home"))
 
 
 def _home_of(pointer: Any) -> torch.Tensor:

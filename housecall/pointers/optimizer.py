@@ -69,7 +69,11 @@ def _stray_gradients(parameters: list[torch.Tensor]) -> bool:
     """Whether any gradient is elsewhere than its parameter."""
     for parameter in parameters:
         grad = parameter.grad
-        if grad is not None and _place(grad) is not _place(parameter):
+        if grad is None or (
+            type(grad) is PointerTensor is type(parameter) and grad._slot.session is parameter._slot.session
+        ):
+            continue
+        if _place(grad) is not _place(parameter):
             return True
     return False
 

@@ -16,6 +16,7 @@ said.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 from ..program.call import refs
@@ -30,13 +31,15 @@ __all__ = ["Phrase", "learned", "said", "say"]
 
 
 class Phrase(NamedTuple):
-    """What was said after a step: `calls` calls, of which `end` is the last, with these `numbers`. `makes` has what the
-    caller is given of each value that they bind, or `None`, and `gives` which of those are the results, in order."""
+    """What was said after a step: `calls` calls, of which `end` is the last, with these `numbers`. `makes` has how many
+    values they bind that the caller is not given, and the next that she is; behind them `rest` more. `gives` says which
+    of those are the results, in order."""
 
     calls: int
     end: Step
     numbers: list[float]
-    makes: tuple[Result | None, ...]
+    makes: tuple[tuple[int, Result], ...]
+    rest: int
     gives: tuple[int, ...]
 
 
@@ -48,12 +51,11 @@ def said(session: Session, trace: Trace, phrase: Phrase) -> list[Any]:
         trace.sites += [caller_again(phrase.end)] * phrase.calls
         trace.numbers += phrase.numbers
         found: list[Any] = []
-        for result in phrase.makes:
-            if result is None:
-                trace.pass_over(next(session.ids))
-                found.append(None)
-            else:
-                found.append(pointer_to(session, trace, result, 0))
+        for hidden, result in phrase.makes:
+            if hidden:
+                trace.pass_over(islice(session.ids, hidden), hidden)
+            found.append(pointer_to(session, trace, result, 0))
+        trace.pass_over(islice(session.ids, phrase.rest), phrase.rest)
         trace.room -= phrase.calls
         return [found[at] for at in phrase.gives]
     except BaseException:  # Ctrl-C, in the middle of it
@@ -115,20 +117,22 @@ def learned(cls: Any, trace: Trace, here: Step, results: Sequence[Any], *, views
     if not steps:
         return None
     inner = _inner_views(steps[::-1], first)
-    makes: list[Result | None] = [None] * (end.counts[0] - first)
-    gives: list[int] = []
+    found: dict[int, Result] = {}
     for pointer in results:
         if type(pointer) is not cls:
             return None
         slot = pointer._slot
         if slot.trace is not trace or slot.skip or slot.register.id <= first:
             return None
-        at = slot.register.id - 1 - first
-        if makes[at] is not None or (slot.register.id in inner and not views):
+        if slot.register.id in found or (slot.register.id in inner and not views):
             return None
-        makes[at] = result_of(cls, slot.register, slot.spec)
-        gives.append(at)
-    return Phrase(len(steps), end, trace.numbers[here.counts[2] :], tuple(makes), tuple(gives))
+        found[slot.register.id] = result_of(cls, slot.register, slot.spec)
+    given = sorted(found)
+    hidden = [at - before - 1 for before, at in pairwise([first, *given])]
+    makes = tuple(zip(hidden, [found[at] for at in given], strict=True))
+    gives = tuple([given.index(at) for at in found])
+    rest = end.counts[0] - max([first, *given])
+    return Phrase(len(steps), end, trace.numbers[here.counts[2] :], makes, rest, gives)
 
 
 def _inner_views(steps: list[Step], first: int) -> set[int]:

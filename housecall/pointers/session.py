@@ -43,8 +43,7 @@ import torch
 
 from ..errors import CodecError, HousecallError, OperatorError, PolicyError, ProtocolError, UsageError, WorkerGone
 from ..program.call import Call, Program, call_text, printed_names
-from ..program.outcome import Spec, spec
-from ..program.typing import type_of
+from ..program.outcome import Spec, spec_of
 from ..transport.arrays import share
 from ..transport.parcel import HeadTooLong
 from ..transport.whole import whole
@@ -274,7 +273,8 @@ class Session:
             raise self.error(self._latest)
 
     def put(self, tensor: torch.Tensor, site: Site | None = None) -> Slot:
-        """Queue a copy of a local tensor, made when either side first writes; its slot."""
+        """Queue a copy of a local tensor, made when either side first writes; its slot. `site`: the line that sends it,
+        if it is known."""
         if self._kept:
             kept: Slot | None = self._kept.slot(tensor)
             if kept is not None:
@@ -284,15 +284,14 @@ class Session:
         if nbytes > self.transport.frame_bytes:
             nbytes = array.data.untyped_storage().nbytes()  # a repeated dimension travels once
             self._check_size(nbytes)
-        slot = Slot(self, spec(type_of(array.data)))
+        slot = Slot(self, spec_of(array.data))
         self._sent[slot.id] = Put(slot.id, array), site or caller()
         self._unused_bytes += nbytes
         return slot
 
-    def put_later(self, tensor: torch.Tensor, site: Site | None) -> Slot:
-        """Queue a tensor whose value is still at another worker; it is brought if something uses it here."""
-        given = TensorType(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tuple(tensor.stride()))
-        slot = Slot(self, spec(given))
+    def put_later(self, tensor: torch.Tensor, given: Spec, site: Site | None) -> Slot:
+        """Queue a tensor of this type whose value is still at another worker: brought if something uses it here."""
+        slot = Slot(self, given)
         self._sent[slot.id] = Later(tensor), site or caller()
         return slot
 
@@ -322,20 +321,18 @@ class Session:
 
     def _use(self, ref: int) -> None:
         """Something uses a value that was sent: it will travel."""
-        entry = message, site = self._sent[ref]
+        message, site = self._sent[ref]
         if isinstance(message, Later):
             self._bringing = True
             try:
                 message = Put(ref, share(message.tensor.detach().clone()))
             finally:
                 self._bringing = False
-            entry = message, site
+            self._sent[ref] = message, site
         nbytes = message.value.data.nbytes
-        with whole():
-            del self._sent[ref]
-            self._unused_bytes -= nbytes
-            self._queued_bytes += nbytes
-            self.outbox.append(entry)
+        self.outbox.extend(map(self._sent.pop, (ref,)))  # at once: Ctrl-C comes before or after
+        self._unused_bytes -= nbytes
+        self._queued_bytes += nbytes
 
     def _use_all(self, named: Iterable[int] = ()) -> None:
         """What was sent will travel, also if nothing has used it; what must be brought first, if it is named."""
@@ -411,17 +408,27 @@ class Session:
             dropped.append(ref)
         if trace.ids:
             self.trace = self._new_trace()
+        if self._sent:
+            dropped = [ref for ref in dropped if not self._forgotten(ref)]
         if trace.sites:
+            dropped = self._dropped_first(dropped, trace)
             alive = trace.end()
             for slot in alive:
                 slot.mark()
             dropped = self._spoken(trace, tuple([slot.register.id - 1 for slot in alive]), dropped)
         if last is not None:
             self.outbox.append((last, caller()))
-        if self._sent:
-            dropped = [ref for ref in dropped if not self._forgotten(ref)]
         if dropped:
             self.outbox.append((Drop(tuple(dropped)), None))
+
+    def _dropped_first(self, dropped: list[int], trace: Trace) -> list[int]:
+        """Queue the drops of what a trace does not use, before it: a parameter whose last copy is gone is written in
+        place, and not copied first. Which are left."""
+        used = {trace.ids[at] for at in trace.step.inputs}
+        first = [ref for ref in dropped if ref not in used]
+        if first:
+            self.outbox.append((Drop(tuple(first)), None))
+        return [ref for ref in dropped if ref in used] if first else dropped
 
     def _forgotten(self, ref: int) -> bool:
         """NOTE [Unused values]: forget a value that nothing has used; whether it was one."""
@@ -457,6 +464,7 @@ class Session:
             self._end_trace()
             if self._sent:
                 self._use_all()
+            self._unused_bytes = 0
             self._leave()
 
     def _leave(self) -> None:

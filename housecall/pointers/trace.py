@@ -20,7 +20,7 @@ batch to batch. A step's call has `NUMBER` in their places, and the trace keeps 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from ..errors import ProgramError
@@ -187,10 +187,10 @@ class Trace:
         self.ids.append(slot.id)
         return register(at)
 
-    def pass_over(self, id: int) -> None:
-        """The next result is for nobody: it has an id, and no slot."""
-        self.made.append(_nobody)
-        self.ids.append(id)
+    def pass_over(self, ids: Iterable[int], count: int) -> None:
+        """So many next results are for nobody: they have ids, and no slots."""
+        self.made += [_nobody] * count
+        self.ids += ids
 
     def is_whole(self) -> bool:
         """Whether no step was cut short."""

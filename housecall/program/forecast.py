@@ -23,7 +23,7 @@ from .bounds import BOUNDED, bound, pieces, reads_values, scratch, work
 from .call import HOLE, Call, Program, with_numbers
 from .check import check
 from .ops import operator
-from .outcome import Spec, expected, spec, stand_in
+from .outcome import Spec, expected, spec, spec_of, stand_in
 from .run import arguments_of, computing, overload
 from .trust import FORWARDS, check_given_back, check_types
 from .typing import address_of, meta, type_of
@@ -74,7 +74,7 @@ def forecast(call: Call, values: Mapping[int, Any], nbytes: float, flops: float)
     check_types(call.op, args)
     if rule.forward:
         check_given_back(call.op, _made_by(_rule(rule.forward), args), args)
-    through = max([spec(type_of(tensor)).volume for tensor in _tensors(args)], default=0)
+    through = max([spec_of(tensor).volume for tensor in _tensors(args)], default=0)
     bounded = rule.name in BOUNDED and not _at_positions(args)
     if through > nbytes and (bounded or reads_values(call.op)):
         return Forecast(0, through)
@@ -212,7 +212,7 @@ def _typed(rule: _Rule, args: dict[str, Any], through: int, steps: int) -> Forec
     storages = {address_of(tensor): tensor.untyped_storage().nbytes() for tensor in _tensors(result)}
     fresh = sum(nbytes for address, nbytes in storages.items() if address not in given)
     outcome = expected(rule.operator, result)
-    widest = max([spec(type_of(tensor)).volume for tensor in _tensors(result)], default=0)
+    widest = max([spec_of(tensor).volume for tensor in _tensors(result)], default=0)
     reads = fresh or rule.operator.writes or not outcome.results  # else every result is a view
     on_the_way = max(tally.largest, scratch(rule.name, args))
     most = max(fresh, on_the_way, widest if widest >= WRAPS else 0, through if reads else 0)
@@ -253,7 +253,7 @@ def _run(rule: _Rule, stands: dict[str, Any]) -> tuple[Any, _Tally]:
 
 def _as_meta(value: Any, fresh: bool) -> Any:
     if isinstance(value, torch.Tensor):
-        given = spec(type_of(value))
+        given = spec_of(value)
         return meta(given.type) if fresh else stand_in(given)
     if isinstance(value, list):
         return [_as_meta(item, fresh) for item in value]

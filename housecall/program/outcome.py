@@ -18,9 +18,9 @@ import torch
 from ..types import TensorType
 from .ops import Operator, Return
 from .run import computing
-from .typing import DTYPES, meta, type_of
+from .typing import DTYPES, meta, parts_of, type_in_parts, type_of
 
-__all__ = ["UNTYPED", "Outcome", "Spec", "by_kind", "expected", "infer", "spec", "stand_in"]
+__all__ = ["UNTYPED", "Outcome", "Spec", "by_kind", "expected", "infer", "spec", "stand_in", "spec_of"]
 
 
 class Spec:
@@ -78,6 +78,16 @@ def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
 def spec(type_: TensorType) -> Spec:
     """The spec of a type."""
     return Spec(type_)
+
+
+def spec_of(tensor: torch.Tensor) -> Spec:
+    """The spec of a tensor's type."""
+    return _spec_in_parts(*parts_of(tensor))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _spec_in_parts(*parts: Any) -> Spec:
+    return spec(type_in_parts(*parts))
 
 
 class Outcome:

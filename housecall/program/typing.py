@@ -13,7 +13,7 @@ import torch
 from ..errors import ProgramError
 from ..types import TensorType
 
-__all__ = ["DTYPES", "address_of", "meta", "symbol", "type_of"]
+__all__ = ["DTYPES", "address_of", "meta", "parts_of", "symbol", "type_in_parts", "type_of"]
 
 # The address of a tensor's storage: equal for all that share it, while one of them lives.
 address_of: Any = torch._C._storage_address  # type: ignore[attr-defined]  # there, but not in torch's stubs
@@ -45,7 +45,12 @@ def symbol(kind: str, name: str) -> Any:
 
 def type_of(tensor: torch.Tensor) -> TensorType:
     """The type of a tensor of strided layout."""
-    key = (
+    return type_in_parts(*parts_of(tensor))
+
+
+def parts_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The parts of its type, as torch gives them."""
+    return (
         tensor.dtype,
         tensor.shape,
         tensor.stride(),
@@ -54,11 +59,10 @@ def type_of(tensor: torch.Tensor) -> TensorType:
         tensor.is_conj(),
         tensor.is_neg(),
     )
-    return _type(*key)
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _type(
+def type_in_parts(
     dtype: torch.dtype,
     shape: torch.Size,
     stride: tuple[int, ...],
@@ -67,6 +71,7 @@ def _type(
     conj: bool,
     neg: bool,
 ) -> TensorType:
+    """The type of these parts."""
     return TensorType(_NAMES[dtype], tuple(shape), stride, offset, str(device), conj, neg)
 
 

@@ -46,6 +46,8 @@ def own(tensor: torch.Tensor) -> torch.Tensor:
             return torch._lazy_clone(tensor)
         except RuntimeError:  # a storage that torch did not allocate (numpy's, a mapped file's) cannot be shared
             return tensor.clone()
+    if tensor.is_contiguous():
+        return tensor.clone()
     if _overlap(tensor) == _SOME:
         once = tensor
         for dim, stride in enumerate(tensor.stride()):
@@ -64,7 +66,8 @@ def _with_bits(tensor: torch.Tensor, *, conj: bool, neg: bool) -> torch.Tensor:
 
 def share(tensor: torch.Tensor) -> Array:
     """An array for the same process: the tensor itself, copied on write. It knows its own type."""
-    return Array(None, own(tensor.detach() if tensor.requires_grad else tensor))
+    recorded = tensor.requires_grad and torch.is_grad_enabled()
+    return Array(None, own(tensor.detach() if recorded else tensor))
 
 
 def pack(array: Array) -> Array:

@@ -32,10 +32,9 @@ from ..program.call import HOLE, Arg, Call, Complex, Items
 from ..program.check import arguments
 from ..program.forecast import WRAPS, Forecast, forecast
 from ..program.ops import Operator, operator
-from ..program.outcome import Spec, by_kind, spec
+from ..program.outcome import Spec, by_kind, spec_of
 from ..program.run import Randomness, arguments_of, execute, value_of
 from ..program.trust import check_values, trusts_values
-from ..program.typing import type_of
 from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Found, Put, Tag
 from .history import History
@@ -263,7 +262,7 @@ class Meter:
         if ref in store or ref <= HOLE:
             raise _bound(ref)
         self.check_room("put", 1, value.untyped_storage().nbytes())
-        given = spec(type_of(value))
+        given = spec_of(value)
         if given.volume >= WRAPS:
             raise LimitError(f"put: {given.type} has more elements than can be counted")
         store[ref] = value

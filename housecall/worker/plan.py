@@ -247,10 +247,11 @@ class _Compiler:
         self.names[number] = [*names, *named], fixed
         writes = bool(written(call, rules))
         function = in_place(call.op) if number in self._over else turning
-        if function is None:
+        if writes and len(row) == 2 and tuple(named) == ("alpha",):
+            function = _scaled_unless_halted(self._function(rules, fixed, 2, ()), self._halt)
+        elif function is None:
             function = self._function(rules, fixed, len(row), tuple(named))
-        if writes:
-            function = _unless_halted(function, self._halt)
+            function = _unless_halted(function, self._halt) if writes else function
         row += [self._register(number, arg) for arg in named.values()]
         function, out = self._results(rules, call, function)
         self._rows.append((number, function, row, out))
@@ -350,6 +351,17 @@ def _unless_halted(function: Callable[..., Any], halt: Halt) -> Callable[..., An
     return checked
 
 
+def _scaled_unless_halted(function: Callable[..., Any], halt: Halt) -> Callable[..., Any]:
+    """The same, for an optimizer's `add_(grad, alpha=-rate)`."""
+
+    def checked(x: Any, y: Any, alpha: Any) -> Any:
+        if halt.cause is not None:
+            raise halt.cause
+        return function(x, y, alpha=alpha)
+
+    return checked
+
+
 def _listed(*items: Any) -> list[Any]:
     return list(items)
 
@@ -360,10 +372,7 @@ def _with_names(function: Callable[..., Any], count: int, names: tuple[str, ...]
     def named(*args: Any) -> Any:
         return function(*args[:count], **dict(zip(names, args[count:], strict=True)))
 
-    def scaled(x: Any, y: Any, alpha: Any) -> Any:  # as an optimizer's `add_(grad, alpha=-rate)`
-        return function(x, y, alpha=alpha)
-
-    return scaled if count == 2 and names == ("alpha",) else named
+    return named
 
 
 def _drawing(function: Callable[..., Any], randomness: Randomness) -> Callable[..., Any]:

@@ -17,8 +17,8 @@ from ..errors import ProgramError, ProtocolError
 from ..program.call import Call, Items, refs
 from ..program.check import written_by
 from ..program.ops import operator
-from ..program.outcome import Spec, spec
-from ..program.typing import address_of, type_of
+from ..program.outcome import Spec, spec_of
+from ..program.typing import address_of
 from ..types import PUBLIC, Label, Ref
 from ..wire.messages import Failure, Info, Tag
 
@@ -126,7 +126,7 @@ class Store(dict[int, Any]):
         if self.private:
             self._number(ref)
         if expected is None or value.shape != expected.size or value.dtype is not expected.dtype:
-            expected = spec(type_of(value))
+            expected = spec_of(value)
         self.specs[ref] = expected
 
     def lend(self, ref: int, value: torch.Tensor, label: Label) -> None:

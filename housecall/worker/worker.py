@@ -81,6 +81,7 @@ __all__ = ["MOST_FAILURES", "Worker", "WorkerSession"]
 log = logging.getLogger(__name__)
 
 MOST_FAILURES = 10_000  # that one reply tells of
+_UNASKED = Question(PUBLIC)
 _ACCOUNTED = frozenset({Load, Evaluate, Update})  # messages that need an account, as does what comes after them
 
 
@@ -103,6 +104,7 @@ class Worker:
     ) -> None:
         self.id = id
         self.device = home(device)
+        self.is_away = self.device.type != "cpu"  # of what arrives: asked for each frame
         self.catalogue = Catalogue() if catalogue is None else catalogue
         self.gate = Gate() if gate is None else gate
         self.limits = limits
@@ -194,7 +196,7 @@ class WorkerSession:
     def work(self, frame: Frame, *, every: int = 1) -> Generator[None, None, Reply]:
         """`handle` in steps, each of `every` messages or calls of a program at most, to be taken within `computing()`;
         the generator's value is the reply."""
-        if self.worker.device.type != "cpu":
+        if self.worker.is_away:
             frame = at_home(frame, self.worker.device)
         if self.meter is None:
             return self._free(frame, every)
@@ -411,7 +413,8 @@ class WorkerSession:
     def _fetched(self, ids: tuple[int, ...]) -> tuple[Array | Failure, ...]:
         if self.meter is None:  # no value has an account, so none has a label
             opening = Opening(self.worker.gate, self.who)
-            return tuple([self._released(ref, opening, None) for ref in ids])
+            held = [self._held(ref) for ref in ids]
+            return tuple([one if isinstance(one, Failure) else release(one, None, opening, _UNASKED) for one in held])
         gone = self.loans.gone()
         asked = {ref: self._question(ref) for ref in ids if ref in self.store.cells and not self.loans.stays(ref, gone)}
         counts = counted((asked[ref], self.store.specs[ref].size.numel()) for ref in ids if ref in asked)
@@ -443,7 +446,7 @@ class WorkerSession:
                 self.meter.check_release(value)
             except LimitError as error:
                 return Failure(0, 0, "fetch", f"{type(error).__name__}: {error}", writes=False)
-        return release(value, self.store.cells.get(ref), opening, question or Question(PUBLIC))
+        return release(value, self.store.cells.get(ref), opening, question or _UNASKED)
 
     def _described(self, ref: int) -> TensorType | Failure | None:
         if ref not in self.store:  # a hole: the operator gave nothing there
