@@ -135,7 +135,7 @@ def _is_plain(session: Session, trace: Trace) -> bool:
 
 
 def _flags() -> tuple[bool, ...]:
-    return torch.are_deterministic_algorithms_enabled(), torch._C._get_mkldnn_enabled()
+    return _c._get_deterministic_algorithms(), _c._get_mkldnn_enabled()
 
 
 def _free(loss: Any) -> None:

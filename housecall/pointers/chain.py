@@ -212,9 +212,12 @@ def _key(part: nn.Sequential, x: Any, parameters: list[Any]) -> Any:
     for child in part._modules.values():
         kind = type(child)
         layer, held = _LAYERS.get(kind), child.__dict__
-        if layer is None or _is_watched(held):
+        if layer is None or "forward" in held:
             return None
-        key.append((kind, *[held[name] for name in layer.settings]))
+        for hooks in _HOOKS:
+            if held[hooks]:
+                return None
+        key.append((kind, *map(held.__getitem__, layer.settings)))
         for parameter in held["_parameters"].values():
             if type(parameter) is not PointerTensor or parameter._slot.session is not session:
                 return None
@@ -223,15 +226,7 @@ def _key(part: nn.Sequential, x: Any, parameters: list[Any]) -> Any:
     return None if torch_module._has_any_global_hook() else tuple(key)
 
 
-def _is_watched(held: dict[str, Any]) -> bool:
-    """Whether a layer with these attributes has hooks, or a forward of its own."""
-    return bool(
-        held["_forward_hooks"]
-        or held["_forward_pre_hooks"]
-        or held["_backward_hooks"]
-        or held["_backward_pre_hooks"]
-        or "forward" in held
-    )
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _chain_of(key: tuple[Any, ...]) -> Chain | None:

@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
 
 from ..errors import DataError, UsageError
-from .calls import point
 from .phrase import say
 from .session import Session, caller
 from .tensor import PointerTensor, send, session_of
@@ -171,7 +170,7 @@ class FederatedDataLoader:
             if order is None:
                 batch = [piece.clone() for piece in pieces]
             else:
-                given = (point(PointerTensor, session.put(pieces[0], site)), *part.columns)
+                given = (session.put(pieces[0], site), *part.columns)
                 batch = list(say(PointerTensor, session, _selected, _selected, given))
                 del given  # a batch that the caller still works with is to keep nothing but itself
             yield assembled(batch)

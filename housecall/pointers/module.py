@@ -30,8 +30,8 @@ from .adapted import adapt, restore
 from .calls import point
 from .late import LateTensor, Visit
 from .request import OwnersAnswer, ask_owner
-from .session import Session, Site, caller
-from .tensor import PointerTensor, Spent, check_travels, is_at, session_of, sessions_of
+from .session import Session, Site, Slot, caller
+from .tensor import PointerTensor, check_travels, session_of, sessions_of
 
 __all__ = ["check_returns", "get_module", "location_of", "modules_of", "request_module", "return_home", "send_module"]
 
@@ -56,14 +56,17 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
 
 def _leave_all(tensors: list[torch.Tensor], session: Session, site: Site | None) -> None:
     homes: list[torch.Tensor] = []
+    recording = torch.is_grad_enabled()
     try:
-        with torch.no_grad():  # what is sent is no part of a graph
-            for tensor in tensors:
-                homes.append(_leave(tensor, session, site))
+        torch._C._set_grad_enabled(False)  # what is sent is no part of a graph
+        for tensor in tensors:
+            homes.append(_leave(tensor, session, site))
     except BaseException:
         for tensor, home in zip(tensors, homes, strict=False):
             return_home(tensor, home)
         raise
+    finally:
+        torch._C._set_grad_enabled(recording)
 
 
 def get_module(module: nn.Module) -> nn.Module:
@@ -173,9 +176,10 @@ def _brought_home(session: Session, pointers: list[PointerTensor]) -> HousecallE
     with whole():
         for pointer, value in zip(pointers, values, strict=True):
             grad: Any = pointer.grad
-            value.requires_grad_(pointer.requires_grad)
-            if isinstance(grad, PointerTensor) and not isinstance(grad._slot, Spent):
-                value.grad = _left(grad, visit) if is_at(grad, session) else grad
+            if pointer.requires_grad:
+                value.requires_grad = True
+            if grad is not None and type(grad._slot) is Slot:  # else it is spent
+                value.grad = _left(grad, visit) if grad._slot.session is session else grad
             return_home(pointer, value)
     return trouble
 

@@ -23,8 +23,8 @@ from ..program.call import refs
 from ..program.check import arguments
 from ..program.ops import operator
 from ..types import Ref
-from .repeat import Result, pointer_to, result_of
-from .session import Cut, Session, caller_again
+from .repeat import Result, point, pointer_to, result_of
+from .session import Cut, Session, Slot, caller_again
 from .trace import Step, Trace
 
 __all__ = ["Phrase", "learned", "said", "say"]
@@ -66,7 +66,8 @@ def said(session: Session, trace: Trace, phrase: Phrase) -> list[Any]:
 def say(
     cls: Any, session: Session, what: Any, act: Callable[..., Sequence[Any]], pointers: tuple[Any, ...]
 ) -> Sequence[Any]:
-    """`act(*pointers)`: new pointers, each once. `what` decides what it says of given registers."""
+    """`act(*pointers)`: new pointers, each once. `what` decides what it says of given registers. A slot may stand for a
+    pointer, which is made if it is needed."""
     with session.lock:
         trace = session.trace
         registers = _registers(session, trace, pointers)
@@ -74,7 +75,7 @@ def say(
         known = here.phrase
         if known is not None and known[0] is what and known[1] == registers and trace.room > known[2].calls:
             return said(session, trace, known[2])
-        results = act(*pointers)
+        results = act(*[point(cls, one) if type(one) is Slot else one for one in pointers])
         if registers is not None and session.trace is trace:
             phrase = learned(cls, trace, here, results, views=True)
             here.phrase = phrase and (what, registers, phrase)
@@ -87,12 +88,12 @@ def _registers(session: Session, trace: Trace, pointers: tuple[Any, ...]) -> lis
     found = []
     try:
         for pointer in pointers:
-            slot = pointer._slot
+            slot = pointer if type(pointer) is Slot else pointer._slot
             if slot.trace is not trace:
                 if slot.session is not session:
                     return None
                 session.take(slot)
-            if slot.taken and not pointer.is_leaf:
+            if slot.taken and slot is not pointer and not pointer.is_leaf:
                 trace.reaches_back = True
             if slot.skip:
                 return None

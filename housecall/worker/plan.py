@@ -313,6 +313,9 @@ _DIRECT: dict[str, Callable[..., Any]] = {
 }
 
 
+_linear: Any = torch._C._nn.linear
+
+
 def _turning_mm(x: Any, y: Any) -> Any:
     return _functions.mm(x.t(), y)
 
@@ -322,6 +325,8 @@ def _mm_turning(x: Any, y: Any) -> Any:
 
 
 def _addmm_turning(bias: Any, x: Any, y: Any) -> Any:
+    if bias.dim() == 1 and x.dim() == 2:
+        return _linear(x, y, bias)  # which is that, in C++
     return _functions.addmm(bias, x, y.t())
 
 
