@@ -620,7 +620,7 @@ def verdict(steps: list[Any], audit: int, number: int, *arguments: int) -> int |
 
 
 @pytest.mark.parametrize("machine", ARCHITECTURES, ids=lambda machine: machine.name)
-@pytest.mark.parametrize("sockets", [None, Sockets(), Sockets(True), Sockets(True, True)])
+@pytest.mark.parametrize("sockets", [None, Sockets(), Sockets(True), Sockets(True, True), Sockets(packets=True)])
 def test_the_filter(machine: Architecture, sockets: Sockets | None) -> None:
     steps = seccomp.program(machine, 77, sockets)
     assert len(steps) <= 4096
@@ -646,7 +646,7 @@ def test_the_filter(machine: Architecture, sockets: Sockets | None) -> None:
         assert verdict(steps, machine.audit, 0x40000000 | 520) == ENOSYS  # x32's execve
 
     restricted = sockets is not None
-    connects, looks_up = (True, True) if sockets is None else sockets
+    connects, looks_up, packets = (True, True, True) if sockets is None else sockets
     assert asked("connect") == (ALLOW if connects else EPERM)
     for family in (2, 10):
         for flags in (0, 0o2000000, 0o4000):
@@ -656,6 +656,7 @@ def test_the_filter(machine: Architecture, sockets: Sockets | None) -> None:
         for kind, protocol in ((1, 262), (1, 132), (1, 17), (2, 136), (2, 6), (3, 255), (5, 132), (6, 33)):
             assert asked("socket", family, kind, protocol) == (EPERM if restricted else ALLOW), (kind, protocol)
     assert asked("socket", 16, 3, 0) == ALLOW
+    assert asked("socket", 1, 5, 0) == (ALLOW if packets else EPERM)
     for family, kind, protocol in ((1, 1, 0), (17, 3, 0), (16, 3, 9), (38, 5, 0), (40, 1, 0), (43, 1, 0), (44, 3, 0)):
         assert asked("socket", family, kind, protocol) == (EPERM if restricted else ALLOW), family
     fast_open = EPERM if restricted else ALLOW

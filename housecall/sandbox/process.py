@@ -106,7 +106,7 @@ def _calls(needs: Needs) -> tuple[Protection, str]:
     if here is None:
         why = f"no system calls are known for {platform.system()} on {platform.machine()}"
         return Protection("system calls", False, why), why
-    sockets = seccomp.Sockets(bool(needs.authority), _is_name(needs.authority)) if needs.network else None
+    sockets = seccomp.Sockets(bool(needs.authority), _is_name(needs.authority), needs.cuda) if needs.network else None
     try:
         seccomp.install(seccomp.program(here, os.getpid(), sockets))
     except OSError as error:
@@ -176,7 +176,8 @@ def _linked(folder: Path) -> Iterator[Path]:
 
 
 def _devices(cuda: bool) -> tuple[Path, ...]:
-    nodes = sorted(Path("/dev").glob("nvidia*")) if cuda else []
+    """Devices; for CUDA also this process's own threads, whose names its driver writes, or does not start."""
+    nodes = [*sorted(Path("/dev").glob("nvidia*")), Path("/proc/self/task")] if cuda else []
     return tuple(path for path in (*map(Path, _DEVICES), *nodes) if path.exists())
 
 

@@ -62,14 +62,17 @@ _SOCK_TYPE = 0xF  # its other bits are flags
 _INET, _INET6 = 2, 10
 _STREAMS = tuple((family, 1, protocol) for family in (_INET, _INET6) for protocol in (0, 6))  # TCP
 _DATAGRAMS = tuple((family, 2, protocol) for family in (_INET, _INET6) for protocol in (0, 17))  # UDP
+_PACKETS = ((1, 5, 0),)  # AF_UNIX, SOCK_SEQPACKET
 _NETLINK = ((16, 3, 0), (16, 2, 0))  # routes, which tell libc the addresses of this machine
 
 
 class Sockets(NamedTuple):
-    """`connect`: connections may be made, over TCP. `datagrams`: and UDP sent, for names to be looked up."""
+    """`connect`: connections may be made, over TCP. `datagrams`: and UDP sent, for names to be looked up. `packets`: a
+    local socket of packets may be made, without which CUDA's driver does not start."""
 
     connect: bool = False
     datagrams: bool = False
+    packets: bool = False
 
 
 class _Step(NamedTuple):
@@ -120,6 +123,7 @@ def _socket(sockets: Sockets) -> list[_Step]:
     """Sockets of the table only. Of no other family: local sockets reach the services of this machine. Of no other
     protocol: Landlock watches TCP, and neither MPTCP nor SCTP."""
     allowed = [*_NETLINK, *_STREAMS, *(_DATAGRAMS if sockets.datagrams else ())]
+    allowed += _PACKETS if sockets.packets else ()
     steps: list[_Step] = []
     for family, kind, protocol in allowed:
         steps += [_argument(0), _Step(_EQUAL, family, 0, 6)]
