@@ -188,3 +188,33 @@ def test_four_threads_look_at_once(clinic: hc.VirtualWorker) -> None:
     model, found = late(clinic), []
     at_once(*[lambda: found.append(model.weight.grad.sum().item())] * 4)
     assert found == [local().weight.grad.sum().item()] * 4
+
+
+def test_a_gradient_that_somebody_else_has_stays_a_pointer(clinic: hc.VirtualWorker) -> None:
+    model: Any = nn.Linear(3, 2).send(clinic)  # type: ignore[operator]  # the hook's
+    backward(model, torch.ones(4, 3).send(clinic))  # type: ignore[attr-defined]  # the hook's
+    held, alone = model.weight.grad, id(model.bias.grad)
+    model.get()
+    assert type(held) is hc.PointerTensor
+    assert type(model.weight.grad) is LateTensor
+    assert torch.equal(held.copy().get(), model.weight.grad.clone())
+    assert id(model.bias.grad) == alone  # nobody would have seen the difference
+    assert type(model.bias.grad) is LateTensor
+
+
+def test_a_gradient_goes_back_as_it_came(clinic: hc.VirtualWorker) -> None:
+    model = late(clinic)
+    there = model.weight.grad.slot.id
+    held = model.bias.grad
+    model.send(clinic)
+    assert type(model.weight.grad) is hc.PointerTensor
+    assert model.weight.grad.id_at_location == there
+    assert type(held) is LateTensor  # somebody has it
+    assert torch.equal(held.clone(), local().bias.grad)
+    expected = local()
+    backward(expected, torch.ones(4, 3))
+    backward(model, torch.ones(4, 3).send(clinic))  # type: ignore[attr-defined]  # the hook's
+    model.get()
+    assert torch.equal(model.weight.grad.clone(), expected.weight.grad)
+    assert torch.equal(model.bias.grad.clone(), expected.bias.grad)
+    clinic.session.close()  # brings what is left of earlier visits, and none that went back

@@ -27,7 +27,8 @@ import housecall as hc
 from housecall.pointers import dispatch, repeat, session, trace
 from housecall.program.call import Call
 from housecall.testing import World
-from housecall.wire.messages import Define, Put, Run
+from housecall.wire.messages import Define, Drop, Put, Run
+from housecall.worker import plan
 from housecall.worker.limits import Limits
 
 FIXED = settings(deadline=None, database=None, derandomize=True, max_examples=60)
@@ -473,3 +474,42 @@ def test_a_training_step_leaves_as_one_run(remote: bool) -> None:
         said = [type(message) for frame in counting.frames[first:] for message in frame.messages]
         assert {kind: said.count(kind) for kind in (Run, Put, Call, Define)} == {Run: 2, Put: 4, Call: 0, Define: 0}
         model.get()
+
+
+def test_what_a_trace_does_not_use_is_dropped_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a parameter that came back is updated in place: its last copy at the worker is gone by then."""
+    clinic = hc.VirtualWorker(id="clinic")
+    model: Any = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x: Any = torch.ones(4, 3).send(clinic)  # type: ignore[attr-defined]  # the hook's
+    said: list[Any] = []
+    send = clinic.session.transport.send
+
+    def sent(frame: Any) -> None:
+        """Noted without the tensors, which would live on."""
+        said[:] = [message for message in frame.messages if isinstance(message, Drop | Run)]
+        send(frame)
+
+    monkeypatch.setattr(clinic.session.transport, "send", sent)
+    shared: list[bool] = []
+    add_ = torch.Tensor.add_
+
+    def added(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        before = torch._C._data_address(tensor)  # type: ignore[attr-defined]  # not in torch's stubs
+        result = add_(tensor, *args, **kwargs)
+        shared.append(before != torch._C._data_address(tensor))  # type: ignore[attr-defined]  # as above
+        return result
+
+    monkeypatch.setitem(plan._DIRECT, "add_.Tensor", added)
+    for _ in range(6):
+        model.send(clinic)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        model.get()
+    first, run = said[:2]
+    assert isinstance(first, Drop)
+    assert isinstance(run, Run)
+    assert set(first.ids).isdisjoint(run.inputs)
+    assert shared
+    assert not any(shared)
