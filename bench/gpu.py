@@ -1,4 +1,4 @@
-"""A worker whose home is a GPU, against plain torch on that GPU: `python bench/cuda.py`, on a machine that has one.
+"""A worker whose home is a GPU, against plain torch on that GPU: `python bench/gpu.py`, on a machine that has one.
 
 The worker is a process of its own, over mTLS on loopback (`LocalCluster(device="cuda")`); plain torch runs in this one.
 Blocks of 20 batches of each take turns; a ratio is the median over the pairs of blocks. In "visits" the model travels
