@@ -38,13 +38,14 @@ class Layer(NamedTuple):
     `size(settings, size of x, parameters' specs)` is the size of its result, `None` if torch says it in another way;
     `run(settings, x, *parameters)` the result. `back(settings, size of x, gradient, kept, needs, *parameters)` gives
     the gradients of x and of each parameter, `None` where `needs` says so; `keeps` is which value it takes: "x" or
-    "out"."""
+    "out". `views`: whether the result is a view of x."""
 
     settings: tuple[str, ...]
     size: Callable[..., Size | None]
     run: Callable[..., Any]
     back: Callable[..., tuple[Any, ...]]
     keeps: str = ""
+    views: bool = False
 
 
 def _flat_size(settings: tuple[int, int], size: Size) -> Size | None:
@@ -90,6 +91,7 @@ _LAYERS: dict[type, Layer] = {
         _flat_size,
         lambda settings, x: x.flatten(*settings),
         lambda settings, size, grad, kept, needs: (grad.reshape(size) if needs[0] else None,),
+        views=True,
     ),
     nn.Linear: Layer(
         (), _linear_size, lambda settings, x, weight, bias: torch.addmm(bias, x, weight.t()), _linear_back, "x"
@@ -130,7 +132,8 @@ class Chain:
 
     def __init__(self, links: list[_Link]) -> None:
         self.links = links
-        self.kept = sorted({link.kept for link in links if link.kept > 0})  # beside x, which is there already
+        self.seen = int(links[0].layer.views)  # which value is a view of x: made anew, not kept
+        self.kept = sorted({link.kept for link in links if link.kept > self.seen})  # beside x, which is there already
 
     def run(self, x: Any, *parameters: Any) -> tuple[Any, ...]:
         """The values that a backward takes, in their order, and the result."""
@@ -141,6 +144,9 @@ class Chain:
 
     def back(self, grad: Any, values: dict[int, Any], parameters: Any, needs: tuple[bool, ...]) -> tuple[Any, ...]:
         """The gradients of x and of the parameters; `needs` says of which."""
+        if self.seen:
+            first = self.links[0]
+            values[1] = first.layer.run(first.settings, values[0])
         found: list[Any] = [None] * len(needs)
         for link in reversed(self.links):
             wanted = any(needs[: 1 + link.begin]), *needs[1 + link.begin : 1 + link.end]

@@ -20,11 +20,12 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 
 from ..errors import DataError, UsageError
 from .phrase import say
-from .session import Session, caller
+from .session import Session, Site, Slot, caller
 from .tensor import PointerTensor, send, session_of
 
 __all__ = ["FederatedDataLoader", "FederatedDataset", "Part", "federate"]
 
+AHEAD = 32  # batches whose records' numbers are sent at once
 CHUNK = 256  # records collated at once while a data set is read: bounds the memory beside the data itself
 
 
@@ -163,17 +164,23 @@ class FederatedDataLoader:
         return torch.randperm(len(part), generator=self.generator) if self.shuffle else None
 
     def _of(self, part: Part, order: torch.Tensor | None) -> Iterator[Any]:
-        splits = [torch.split(source, self.batch_size) for source in (part.columns if order is None else [order])]
-        assembled, session, site = part.assembled, session_of(part.location), caller()
+        session, site, assembled = session_of(part.location), caller(), part.assembled
         session.check_open()
-        for pieces in zip(*(split[: self._batches(part)] for split in splits), strict=True):
-            if order is None:
-                batch = [piece.clone() for piece in pieces]
-            else:
-                given = (session.put(pieces[0], site), *part.columns)
-                batch = list(say(PointerTensor, session, _selected, _selected, given))
-                del given  # a batch that the caller still works with is to keep nothing but itself
-            yield assembled(batch)
+        if order is None:
+            splits = [torch.split(column, self.batch_size)[: self._batches(part)] for column in part.columns]
+            for pieces in zip(*splits, strict=True):
+                yield assembled([piece.clone() for piece in pieces])
+            return
+        for chosen in _ahead(session, torch.split(order, self.batch_size)[: self._batches(part)], site):
+            yield assembled(list(say(PointerTensor, session, _selected, _selected, (chosen.pop(), *part.columns))))
+
+
+def _ahead(session: Session, pieces: Sequence[torch.Tensor], site: Site | None) -> Iterator[list[Slot]]:
+    """The slots of these pieces, some sent at once: what is done many times in a row costs less each. Each comes in a
+    list of its own, so that whoever takes it has it alone."""
+    for start in range(0, len(pieces), AHEAD):
+        slots = [[session.put(piece, site)] for piece in pieces[start : start + AHEAD]]
+        yield from slots
 
 
 def _selected(chosen: PointerTensor, *columns: PointerTensor) -> list[torch.Tensor]:

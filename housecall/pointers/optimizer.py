@@ -15,7 +15,6 @@ step: a bad batch is as if it had not been, as it is in plain torch.
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -39,13 +38,13 @@ class _Step(NamedTuple):
     told: dict[Session, int]
 
 
-_last: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Step] = weakref.WeakKeyDictionary()
+_LAST = "_housecall_last_step"  # where an optimizer has it; what is saved of one has no such attribute
 
 
 def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None) -> None:
     """Bring gradients and state to their parameters; what is there already costs nothing."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    places = {p._slot.session for p in parameters if isinstance(p, PointerTensor)}
+    places = {p._slot.session for p in parameters if type(p) is PointerTensor}
     _undo(optimizer)
     if not optimizer.state and not _stray_gradients(parameters):
         _remember(optimizer, places, [(p, {}) for p in parameters])
@@ -83,7 +82,7 @@ def _remember(
 ) -> None:
     """What an optimizer keeps before a step that is taken at these places."""
     if places:
-        _last[optimizer] = _Step(caller(), kept, {session: session.failures for session in places})
+        optimizer.__dict__[_LAST] = _Step(caller(), kept, {session: session.failures for session in places})
 
 
 def get_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -139,7 +138,7 @@ def _entries(holder: Any) -> Iterator[tuple[Any, Any, torch.Tensor]]:
 
 def _undo(optimizer: torch.optim.Optimizer) -> None:
     """See NOTE [A step that was not taken]."""
-    last = _last.pop(optimizer, None)
+    last: _Step | None = optimizer.__dict__.pop(_LAST, None)
     if last is None or not any(session.was_undone(last.site, told) for session, told in last.told.items()):
         return
     for parameter, before in last.kept:

@@ -110,7 +110,10 @@ class Plans:
         Raises, with nothing changed and nothing bound, what `check` does."""
         plan = self._plan(message.digest)
         self.check(message, store)
-        values = [_value(ref, store) for ref in message.inputs]
+        try:
+            values = [store[ref] for ref in message.inputs]
+        except (Missing, Failed):
+            values = [_value(ref, store) for ref in message.inputs]
         if meter is not None:
             return Metered(plan, message, values, store, meter, self._ids, precedents).run(report, every)
         return _free(plan, message, store, values, report, every)
