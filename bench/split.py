@@ -1,8 +1,8 @@
 """Where the time of one batch of the small MLP's loop goes: `python bench/split.py`.
 
 Pointers and plain torch take turns in one process with one thread, blocks of 20 batches each; a line is the median over
-the batches, in microseconds. The same loop is then run with a `__torch_dispatch__` that does nothing but give back a
-new tensor of the right shape: what torch itself takes for the calls of a batch, and no session could go below.
+the batches, in microseconds. What a batch costs on average is a little more: after a block of the other, the
+processor's caches are cold.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 import housecall as hc
-from housecall.pointers.tensor import PointerTensor
 from housecall.worker.plan import Plan
 from housecall.worker.worker import WorkerSession
 
@@ -103,55 +102,6 @@ def compared(batches: int) -> Found:
     return {name: taken[len(taken) // 10 :] for name, taken in found.items()}  # the first ones warm up
 
 
-def floor(batches: int) -> Found:
-    """The loop's calls with a dispatch that only makes tensors; between two batches plain torch takes one, so that the
-    processor's caches are as cold as in the real loop."""
-    found: Found = {}
-    batch = Batch()
-    x, y = figures.data(2560)
-    plain = figures.Plain(figures.MLP, x, y)
-    worker = hc.VirtualWorker(id="floor")
-    model: Any = figures.MLP().send(worker)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    there = x[: figures.BATCH].send(worker), y[: figures.BATCH].send(worker)
-    real: Any = PointerTensor.__dict__["__torch_dispatch__"]
-    made: list[Any] = []  # by each call: how its results are made, and their slots; `None` if it gives back an argument
-    at = 0
-
-    def noted(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = real.__func__(cls, func, types, args, kwargs)
-        given = result if isinstance(result, tuple) else (result,)
-        same = any(result is arg for arg in args)
-        made.append(None if same else [((cls, *one._slot.spec.wrapper), one._slot) for one in given])
-        return result
-
-    def nothing(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        nonlocal at
-        known, at = made[at], at + 1
-        if known is None:
-            return args[0]
-        results = []
-        for wrapper, slot in known:
-            results.append(torch.Tensor._make_wrapper_subclass(*wrapper))
-            results[-1]._slot = slot
-        return results[0] if len(results) == 1 else tuple(results)
-
-    try:
-        PointerTensor.__torch_dispatch__ = classmethod(noted)
-        step(batch, model, optimizer, *there)
-        batch.sums.clear()
-        PointerTensor.__torch_dispatch__ = classmethod(nothing)
-        for chosen in (torch.randperm(len(x)).split(figures.BATCH) * batches)[:batches]:
-            plain.step(chosen)
-            at = 0
-            step(batch, model, optimizer, *there, prefix="floor: ")
-            batch.end(found)
-    finally:
-        PointerTensor.__torch_dispatch__ = real
-    found["floor: calls"] = [float(len(made))]
-    return found
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -159,7 +109,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     hook = hc.TorchHook(torch)
-    found = compared(options.batches) | floor(options.batches)
+    found = compared(options.batches)
     hook.remove()
     for name, taken in found.items():
         print(f"{name:32s} {statistics.median(taken):8.1f}")
