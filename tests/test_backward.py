@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import opdb
@@ -513,3 +514,112 @@ def test_random_graphs_are_said_as_phrases(clinic: hc.VirtualWorker, phrases: li
     for seed in range(10):
         test_random_graphs(seed, clinic, phrases)
     assert len(phrases) > 20
+
+
+# -- found by reviewers -----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_computes_once_more_and_not_twice(clinic: hc.VirtualWorker) -> None:
+    """Running statistics tell how often."""
+    model, plain = twins(lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5)))
+    model.send(clinic)
+    for x, _ in batches():
+        for m, xs in ((model, x.send(clinic)), (plain, x)):  # type: ignore[attr-defined]  # the hook's
+            m.zero_grad()
+            checkpoint(m, xs, use_reentrant=False).square().sum().backward()
+        same(grads(model), grads(plain))
+        same(list(model.buffers()), list(plain.buffers()))
+        clinic.session.wait()
+
+
+def test_hooks_on_what_is_saved(clinic: hc.VirtualWorker, phrases: list[int]) -> None:
+    x, local = torch.ones(3).send(clinic).requires_grad_(), torch.ones(3).requires_grad_()  # type: ignore[attr-defined]  # the hook's
+    for at in range(8):
+        for leaf in (x, local):
+            leaf.grad = None
+            changed = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t * 4)
+            with changed if at in (3, 4, 6) else nullcontext():
+                loss = leaf.exp().sum()
+            loss.backward()
+        same([x.grad], [local.grad])
+        clinic.session.wait()
+    assert phrases
+
+
+def test_a_loss_of_before_that_is_used_now(clinic: hc.VirtualWorker, phrases: list[int]) -> None:
+    for factor in (2.0, 2.0, 3.0, 5.0):
+        found = []
+        for place in (clinic, None):
+            leaf = torch.ones(3) if place is None else torch.ones(3).send(place)  # type: ignore[attr-defined]  # the hook's
+            total = torch.zeros(()) if place is None else torch.zeros(()).send(place)  # type: ignore[attr-defined]  # as above
+            leaf.requires_grad_()
+            loss = (leaf * factor).sum()
+            loss.item()
+            total += loss.detach() + leaf.detach().sum()
+            loss.backward()
+            found.append(leaf.grad)
+        same(found[:1], found[1:])
+    assert not phrases
+
+
+def test_what_a_view_hides(clinic: hc.VirtualWorker) -> None:
+    """A function of one's own on a view shows as torch's own node."""
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, v: Any) -> Any:
+            ctx.mark_dirty(v)
+            return v.exp_()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return grad * 10
+
+    for at in range(6):
+        found = []
+        for place in (clinic, None):
+            leaf = torch.ones(4) if place is None else torch.ones(4).send(place)  # type: ignore[attr-defined]  # the hook's
+            leaf.requires_grad_()
+            base = leaf * 1
+            view = base[:2]
+            if at % 2:
+                Own.apply(view)
+            else:
+                view.exp_()
+            base.sum().backward()
+            found.append(leaf.grad)
+        same(found[:1], found[1:])
+        clinic.session.wait()
+
+
+def test_two_threads_that_wait_for_each_other() -> None:
+    """No lock is held while torch walks a graph."""
+    a, b = hc.VirtualWorker(id="a"), hc.VirtualWorker(id="b")
+
+    class Cross(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, there: Any) -> Any:
+            ctx.back = x.location
+            return x.detach().copy().move(there)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            gate.wait(20)
+            return grad.detach().copy().move(ctx.back), None
+
+    gate = threading.Barrier(2)
+    results: list[Any] = []
+
+    def run(here: Any, there: Any) -> None:
+        x: Any = torch.ones(3).send(here)  # type: ignore[attr-defined]  # the hook's
+        x.requires_grad_()
+        Cross.apply(x * 2, there).sum().backward()
+        results.append(x.grad.copy().get())
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in ((a, b), (b, a))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 2
+    assert all(torch.equal(one, torch.full((3,), 2.0)) for one in results)

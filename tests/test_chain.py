@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import remove_parametrizations
 
 import housecall as hc
 from housecall.errors import UsageError
@@ -85,7 +86,6 @@ KNOWN: dict[str, Callable[[], nn.Module]] = {
     ),
     "that ends with one": lambda: nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4), nn.Tanh()),
     "that begins with one": lambda: nn.Sequential(nn.ReLU(), nn.GELU("tanh"), nn.Linear(12, 4)),
-    "a tied layer": lambda: (lambda one: nn.Sequential(one, nn.ReLU(), one))(nn.Linear(12, 12)),
     "within another": lambda: nn.Sequential(nn.Sequential(nn.Linear(12, 8), nn.ReLU()), nn.Dropout(0.0), mlp_head()),
     "double": lambda: mlp().double(),
 }
@@ -147,6 +147,13 @@ def _own_forward(model: Any) -> Any:
     return model
 
 
+def parametrizations_removed() -> nn.Sequential:
+    """It is known again, with its bias first."""
+    layer = parametrizations.weight_norm(nn.Linear(12, 8))
+    remove_parametrizations(layer, "weight")
+    return nn.Sequential(layer, nn.Softplus())
+
+
 class _Own(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 3
@@ -163,6 +170,9 @@ UNKNOWN: dict[str, Callable[[], nn.Module]] = {
     "a forward of its own": lambda: _own_forward(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))),
     "a parametrization": lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(12, 8)), nn.ReLU()),
     "nothing to flatten": lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 8)),
+    "a tied layer": lambda: (lambda one: nn.Sequential(one, nn.ReLU(), one, one))(nn.Linear(12, 12)),
+    "flat at the end": lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Flatten(0)),
+    "parameters in another order": lambda: parametrizations_removed(),
     "one layer": lambda: nn.Sequential(nn.Linear(12, 8)),
 }
 
@@ -368,3 +378,91 @@ def test_a_loop_with_every_kind_of_step(clinic: hc.VirtualWorker, chains: list[A
         for one, other in zip(model.parameters(), plain.parameters(), strict=True):
             same(one, other.detach())
     assert chains
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda m, x: m[0].bias.add_(0.1),  # which no gradient reads
+        lambda m, x: m[2].bias.mul_(2),
+    ],
+)
+def test_what_no_gradient_reads_may_be_written(write: Callable[[Any, Any], Any], clinic: hc.VirtualWorker) -> None:
+    model, plain = twins(lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)))
+    model.send(clinic)
+    x = torch.randn(5, 12)
+    for _ in range(3):
+        for m, given in ((model, x.send(clinic)), (plain, x)):  # type: ignore[attr-defined]  # the hook's
+            m.zero_grad()
+            out = m(given)
+            with torch.no_grad():
+                write(m, given)
+            out.square().sum().backward()
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            same(one.grad, other.grad)
+
+
+def test_data_that_is_replaced_is_not_what_was_saved(clinic: hc.VirtualWorker, chains: list[Any]) -> None:
+    model, plain = twins(lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)))
+    model.send(clinic)
+    x = torch.randn(5, 12)
+    for _ in range(4):
+        for m, given in ((model, x.send(clinic)), (plain, x)):  # type: ignore[attr-defined]  # the hook's
+            m.zero_grad()
+            out = m(given)
+            m[2].weight.data = m[2].weight.data * 1.5
+            out.square().sum().backward()
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            same(one.grad, other.grad)
+    assert chains
+
+
+def test_a_graph_that_was_freed_is_not_walked_by_a_phrase(clinic: hc.VirtualWorker) -> None:
+    model, _ = twins(lambda: nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)))
+    model.send(clinic)
+    x = torch.randn(5, 12).send(clinic)  # type: ignore[attr-defined]  # the hook's
+    for retain in (True, True, True, False):
+        out = model(x)
+        one, two = out.sum(), (out * 2).sum()
+        model.zero_grad()
+        one.backward(retain_graph=retain)
+        model.zero_grad()
+        if retain:
+            two.backward()
+        else:
+            with pytest.raises(RuntimeError, match="second time"):
+                two.backward()
+        clinic.session.wait()
+
+
+def test_a_forward_that_is_replaced_for_all(clinic: hc.VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = twins(mlp)
+    model.send(clinic)
+    x = torch.randn(5, 3, 4)
+    plainly = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda part, given: plainly(part, given) * 2)
+    same(model(x.send(clinic)), plain(x).detach())  # type: ignore[attr-defined]  # the hook's
+
+
+def test_a_chain_that_came_home_in_pieces_is_torchs_again(clinic: hc.VirtualWorker) -> None:
+    model, plain = twins(mlp)
+    model.send(clinic)
+    for layer in model:
+        if list(layer.parameters()):
+            layer.get()
+    x = torch.randn(5, 3, 4)
+    same(model(x), plain(x).detach())
+    assert "forward" not in model.__dict__
+    nothing = nn.Sequential(nn.ReLU(), nn.Tanh())
+    nothing.send(clinic)  # type: ignore[operator]  # as above
+    assert "forward" not in nothing.__dict__
+
+
+def test_inference_mode_is_what_torch_does(clinic: hc.VirtualWorker) -> None:
+    """Torch's own kernels, whatever decompositions there are in Python: dropout that does nothing gives its input."""
+    with torch.inference_mode():
+        for _ in range(2):
+            x, y = torch.ones(3).send(clinic), torch.ones(3)  # type: ignore[attr-defined]  # as above
+            for given in (x, y):
+                F.dropout(given, 0.5, False).mul_(2)
+            same(x, y)

@@ -16,6 +16,7 @@ from at_once import at_once
 from torch import nn, optim
 
 import housecall as hc
+from housecall.pointers import module
 from housecall.pointers.late import LateTensor
 from housecall.testing import World
 
@@ -218,3 +219,23 @@ def test_a_gradient_goes_back_as_it_came(clinic: hc.VirtualWorker) -> None:
     assert torch.equal(model.weight.grad.clone(), expected.weight.grad)
     assert torch.equal(model.bias.grad.clone(), expected.bias.grad)
     clinic.session.close()  # brings what is left of earlier visits, and none that went back
+
+
+def test_a_send_that_fails_leaves_late_gradients(clinic: hc.VirtualWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = late(clinic)
+    real, count = module._swap, []
+
+    def swap(tensor: Any, other: Any) -> None:
+        count.append(1)
+        if len(count) == 2:
+            raise hc.UsageError("torch holds it elsewhere")
+        real(tensor, other)
+
+    monkeypatch.setattr(module, "_swap", swap)
+    with pytest.raises(hc.UsageError, match="elsewhere"):
+        model.send(clinic)
+    monkeypatch.setattr(module, "_swap", real)
+    expected = local()
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert type(one.grad) is LateTensor
+        assert torch.equal(one.grad.clone(), other.grad)

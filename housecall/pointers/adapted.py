@@ -53,7 +53,9 @@ def adapt(parts: Iterable[nn.Module]) -> None:
             continue
         if isinstance(part, _FUSED):
             part.__dict__.setdefault("forward", functools.partial(_plainly, part))
-        if type(part) is nn.Sequential:
+        if type(part) is nn.Sequential and any(
+            child._parameters for child in part._modules.values() if child is not None
+        ):
             part.__dict__.setdefault("forward", functools.partial(chain.forward, part))
         if isinstance(part, _RECURRENT):
             if not any(hook is _with_first_state for hook in part._forward_pre_hooks.values()):

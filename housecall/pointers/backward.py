@@ -12,11 +12,11 @@ NOTE [The same graph]
 A graph is the same if these are:
 - the calls of the present trace up to the loss, so which operators were applied to which registers with what constants,
   and their numbers, of which a gradient's may be made;
-- the graph's nodes and edges, and which leaf is in which register. That differs after `detach`, `no_grad`, or where a
-  parameter is frozen, none of which is a call.
-All must have been built in this trace: a graph that reaches back into an earlier one (`Trace.reaches_back`) is torch's.
-So is whatever could make a node do something else than its kind says: a Python function, a hook (`Session.watched`,
-`Trace.watched`), a gradient that is there already, or what stands between (`aside`).
+- the graph's nodes and edges, in which order they were made, and which leaf is in which register. That differs after
+  `detach`, `no_grad`, or where a parameter is frozen, none of which is a call. All must have been built in this trace:
+  a graph that reaches back into an earlier one (`Trace.reaches_back`) is torch's. So is whatever could make a node do
+  something else than its kind says: a Python function, a hook (`Session.watched`, `Trace.watched`), a hook on what is
+  saved (it may compute anew), a gradient that is there already, or what stands between (`aside`).
 
 NOTE [Freed]
 torch frees what a graph has saved as its engine walks it, and refuses to walk it twice. So it still walks it, with no
@@ -26,6 +26,7 @@ gradient: a hook takes away that of the loss. torch's nodes that get none give n
 from __future__ import annotations
 
 import functools
+from _thread import get_ident
 from array import array
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -60,24 +61,26 @@ def backward(cls: Any, loss: Any, plain: Callable[[], None]) -> None:
     slot = loss._slot
     session: Session = slot.session
     with session.lock:
-        trace = session.trace
-        graph = _graph_of(cls, loss, trace) if slot.trace is trace and _is_plain(session, trace) else None
-        if graph is None:
-            plain()
-            return
-        here, (shape, leaves) = trace.step, graph
-        known: Backward | None = here.backward
-        said_of = slot.register, shape, [leaf._slot.register for leaf in leaves], _exact(trace.numbers), _flags()
-        if known is not None and known[:5] == said_of and trace.room > known.phrase.calls:
-            gradients = said(session, trace, known.phrase)
-            _free(loss)
-            for leaf, gradient in zip(leaves, gradients, strict=True):
-                leaf.grad = gradient
-            return
-        plain()
-        if session.trace is trace:
+        trace, here = session.trace, session.trace.step
+        may_be_known = slot.trace is trace and not slot.taken and _is_plain(session, trace)
+        graph = _graph_of(cls, loss, trace) if may_be_known else None
+        if graph is not None:
+            shape, leaves = graph
+            said_of = slot.register, shape, [leaf._slot.register for leaf in leaves], _exact(trace.numbers), _flags()
+            known: Backward | None = here.backward
+            if known is not None and known[:5] == said_of and trace.room > known.phrase.calls:
+                gradients = said(session, trace, known.phrase)
+                _free(loss)
+                for leaf, gradient in zip(leaves, gradients, strict=True):
+                    leaf.grad = gradient
+                return
+    session.learning = get_ident() if graph is not None else 0
+    plain()  # without the lock: what it calls may wait for another session
+    with session.lock:
+        if graph is not None and session.learning == get_ident() and session.trace is trace:
             phrase = learned(cls, trace, here, [leaf.grad for leaf in leaves])
             here.backward = phrase and Backward(*said_of, phrase)
+        session.learning = 0
 
 
 def is_known(kind: type) -> None:
@@ -91,7 +94,8 @@ def _graph_of(cls: Any, loss: Any, trace: Trace) -> tuple[list[Any], list[Any]] 
     if root is None or loss.dim():
         return None
     nodes = {root: 0}
-    order, shape, leaves = [root], [loss.output_nr], []
+    order, leaves, ages = [root], [], []
+    shape: list[Any] = [loss.output_nr]
     for node in order:  # grows while it is walked
         kind = type(node)
         if kind is _Leaf:
@@ -101,6 +105,8 @@ def _graph_of(cls: Any, loss: Any, trace: Trace) -> tuple[list[Any], list[Any]] 
             leaves.append(leaf)
         elif kind not in _NODES:
             return None
+        else:
+            ages.append(node._sequence_nr())
         shape.append(kind)
         for following, number in node.next_functions:
             if following is None:
@@ -111,6 +117,9 @@ def _graph_of(cls: Any, loss: Any, trace: Trace) -> tuple[list[Any], list[Any]] 
                 at = nodes[following] = len(order)
                 order.append(following)
             shape.append((at, number))
+    if len(set(ages)) < len(ages):  # made in several threads
+        return None
+    shape.append(sorted(range(len(ages)), key=ages.__getitem__))  # torch adds gradients up in this order
     return shape, leaves
 
 
@@ -157,7 +166,10 @@ def _one(dtype: torch.dtype) -> torch.Tensor:
     return torch.ones((), dtype=dtype)
 
 
-_NODES = {kind for kind in vars(torch._C._functions).values() if isinstance(kind, type)}
+_HIDING = ("CopySlices", "CopyBackwards", "DelayedError", "Error", "NotImplemented", "SendRpcBackward")
+_NODES = {
+    kind for name, kind in vars(torch._C._functions).items() if isinstance(kind, type) and name not in _HIDING
+}  # those that say what their edges show
 _c: Any = torch._C
 _tensor: Any = torch.Tensor
 _Leaf: Any = _c._functions.AccumulateGrad

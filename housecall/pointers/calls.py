@@ -91,6 +91,7 @@ def _step(cls: Any, rule: Rule, session: Session, args: tuple[Any, ...], kwargs:
     """Take the step of one call in the session's trace. Raises `LocalTensor` if there is one among the arguments, and
     `Cut`, both before anything is done."""
     trace = session.trace
+    session.note(trace)
     here = trace.step
     parts: list[Any] = [rule]
     numbers: list[float] = []

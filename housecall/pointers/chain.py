@@ -13,6 +13,7 @@ it all.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,9 @@ from torch.nn.modules import module as torch_module
 from ..program.outcome import Spec
 from .aside import nothing_between
 from .backward import is_known
+from .calls import point
 from .phrase import say
+from .session import Slot
 from .tensor import PointerTensor
 
 __all__ = ["forward"]
@@ -33,16 +36,19 @@ _aten: Any = torch.ops.aten
 
 
 class Layer(NamedTuple):
-    """A kind of layer. `settings` are its attributes that decide what it says.
+    """A kind of layer. `settings` are its attributes that decide what it says, `parameters` names its parameters.
 
     `size(settings, size of x, parameters' specs)` is the size of its result, `None` if torch says it in another way;
-    `run(settings, x, *parameters)` the result. `back(settings, size of x, gradient, kept, needs, *parameters)` gives
-    the gradients of x and of each parameter, `None` where `needs` says so; `keeps` is which value it takes: "x" or
-    "out". `views`: whether the result is a view of x."""
+    `run(settings, x, *parameters)` the result. `reads(needs)` says whether `back` reads what is kept, and which
+    parameters. `back(settings, size of x, gradient, kept, needs, *parameters)` gives the gradients of x and of each
+    parameter, `None` where `needs` says so; `keeps` is which value it takes: "x" or "out". `views`: whether the result
+    is a view of x."""
 
     settings: tuple[str, ...]
+    parameters: tuple[str, ...]
     size: Callable[..., Size | None]
     run: Callable[..., Any]
+    reads: Callable[[tuple[bool, ...]], tuple[bool, tuple[bool, ...]]]
     back: Callable[..., tuple[Any, ...]]
     keeps: str = ""
     views: bool = False
@@ -78,23 +84,33 @@ def _activation(run: Callable[..., Any], back: Callable[..., Any], keeps: str, *
     """A layer that takes each element by itself. Only `inplace=False` is known."""
     return Layer(
         settings,
+        (),
         lambda settings, size: None if True in settings else size,
         lambda settings, x: run(settings, x),
+        lambda needs: (needs[0], ()),
         lambda settings, size, grad, kept, needs: (back(settings, grad, kept) if needs[0] else None,),
         keeps,
     )
 
 
-_LAYERS: dict[type, Layer] = {
+_LAYERS: dict[type[nn.Module], Layer] = {
     nn.Flatten: Layer(
         ("start_dim", "end_dim"),
+        (),
         _flat_size,
         lambda settings, x: x.flatten(*settings),
+        lambda needs: (False, ()),
         lambda settings, size, grad, kept, needs: (grad.reshape(size) if needs[0] else None,),
         views=True,
     ),
     nn.Linear: Layer(
-        (), _linear_size, lambda settings, x, weight, bias: torch.addmm(bias, x, weight.t()), _linear_back, "x"
+        (),
+        ("weight", "bias"),
+        _linear_size,
+        lambda settings, x, weight, bias: torch.addmm(bias, x, weight.t()),
+        lambda needs: (needs[1], (needs[0], False)),
+        _linear_back,
+        "x",
     ),
     nn.ReLU: _activation(
         lambda settings, x: torch.relu(x),
@@ -134,6 +150,14 @@ class Chain:
         self.links = links
         self.seen = int(links[0].layer.views)  # which value is a view of x: made anew, not kept
         self.kept = sorted({link.kept for link in links if link.kept > self.seen})  # beside x, which is there already
+        self._reads: dict[tuple[bool, ...], _Reads] = {}
+
+    def reads(self, needs: tuple[bool, ...]) -> _Reads:
+        """What `back` reads for these needs."""
+        found = self._reads.get(needs)
+        if found is None:
+            found = self._reads[needs] = _reads_of(self, needs)
+        return found
 
     def run(self, x: Any, *parameters: Any) -> tuple[Any, ...]:
         """The values that a backward takes, in their order, and the result."""
@@ -143,8 +167,8 @@ class Chain:
         return (*[values[at] for at in self.kept if at < len(self.links)], values[-1])
 
     def back(self, grad: Any, values: dict[int, Any], parameters: Any, needs: tuple[bool, ...]) -> tuple[Any, ...]:
-        """The gradients of x and of the parameters; `needs` says of which."""
-        if self.seen:
+        """The gradients of x and of the parameters; `needs` says of which. What it does not read may be `None`."""
+        if self.seen and values[0] is not None:
             first = self.links[0]
             values[1] = first.layer.run(first.settings, values[0])
         found: list[Any] = [None] * len(needs)
@@ -160,29 +184,65 @@ class Chain:
         return tuple(found)
 
 
+class _Reads(NamedTuple):
+    """Of x and the parameters, which a backward reads; and which of the chain's values, by their numbers."""
+
+    inputs: tuple[bool, ...]
+    kept: tuple[int, ...]
+
+
+def _reads_of(chain: Chain, needs: tuple[bool, ...]) -> _Reads:
+    inputs, kept = [False] * len(needs), set()
+    for link in chain.links:
+        keeps, own = link.layer.reads((any(needs[: 1 + link.begin]), *needs[1 + link.begin : 1 + link.end]))
+        inputs[1 + link.begin : 1 + link.end] = own
+        if keeps:
+            kept.add(link.kept)
+    inputs[0] = any(at <= chain.seen for at in kept)
+    return _Reads(tuple(inputs), tuple(sorted(at for at in kept if at > chain.seen)))
+
+
 class _Node(torch.autograd.Function):
-    """A chain, x and the parameters -> the result."""
+    """A chain, x and the parameters -> the result.
+
+    What a backward reads is saved with torch, which frees it and sees to it that nobody has written to it meanwhile.
+    The rest is here for gradients that have a graph themselves: those are torch's own."""
 
     @staticmethod
     def forward(ctx: Any, chain: Chain, x: Any, *parameters: Any) -> Any:
         *kept, out = say(PointerTensor, x._slot.session, chain, chain.run, (x, *parameters))
-        if chain.kept[-1:] == [len(chain.links)]:
-            kept.append(out)
-        ctx.save_for_backward(x, *parameters, *kept)
+        reads = chain.reads(ctx.needs_input_grad[1:])
+        values = dict(zip(chain.kept, kept, strict=False))
+        values[len(chain.links)] = out
+        inputs = (x, *parameters)
+        ctx.save_for_backward(*compress(inputs, reads.inputs), *[values[at] for at in reads.kept])
+        ctx.slots = [one._slot for one in inputs]
+        ctx.rest = [None if read else one for one, read in zip(inputs, reads.inputs, strict=True)]
         ctx.set_materialize_grads(False)
         ctx.chain = chain
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
+        saved = iter(ctx.saved_tensors)  # first of all: it says whether the graph was freed
         chain, needs = ctx.chain, ctx.needs_input_grad[1:]
         if grad is None:
             return (None, *[None] * len(needs))
-        x, *others = ctx.saved_tensors
-        parameters, kept = others[: len(needs) - 1], others[len(needs) - 1 :]
-        if torch.is_grad_enabled():  # the gradients are to have a graph: torch's own
-            return None, *_differentiable(chain.run(x, *parameters)[-1], [x, *parameters], grad, needs)
-        return None, *chain.back(grad, {0: x, **dict(zip(chain.kept, kept, strict=True))}, parameters, needs)
+        reads = chain.reads(needs)
+        inputs = [
+            _as_saved(next(saved), slot) if read else None for slot, read in zip(ctx.slots, reads.inputs, strict=True)
+        ]
+        if torch.is_grad_enabled():
+            everything = [rest if one is None else one for one, rest in zip(inputs, ctx.rest, strict=True)]
+            return None, *_differentiable(chain.run(*everything)[-1], everything, grad, needs)
+        values = {0: inputs[0], **dict(zip(reads.kept, saved, strict=True))}
+        return None, *chain.back(grad, values, inputs[1:], needs)
+
+
+def _as_saved(tensor: Any, slot: Slot) -> Any:
+    """A saved tensor with the slot that it had then: `.data = other` gives it another, and torch keeps the old one."""
+    moved = type(tensor._slot) is not Slot  # which says so, if it is used
+    return tensor if moved or tensor._slot is slot else point(PointerTensor, slot)
 
 
 def _differentiable(out: Any, inputs: list[Any], grad: Any, needs: tuple[bool, ...]) -> list[Any]:
@@ -199,16 +259,23 @@ _MOST = 1 << 12  # chains that are remembered
 
 def forward(part: nn.Sequential, x: Any) -> Any:
     """`nn.Sequential.forward` of a module that is away."""
-    if type(x) is PointerTensor and nothing_between():
+    if type(x) is PointerTensor and type(part) is nn.Sequential and nothing_between() and _is_untouched():
         parameters: list[Any] = []
         key = _key(part, x, parameters)
         chain = _chain_of(key) if key is not None else None
         if chain is not None:
             return _apply(chain, x, *parameters)
-    return nn.Sequential.forward(part, x)  # type: ignore[no-untyped-call]  # torch's
+    elif not any(isinstance(held, PointerTensor) for held in part.parameters()):  # it came home in pieces
+        part.__dict__.pop("forward", None)
+    return type(part).forward(part, x)
 
 
 forward._torchdynamo_disable = True  # type: ignore[attr-defined]  # torch.compile's mark: not to be traced into
+
+
+def _is_untouched() -> bool:
+    """Whether torch calls modules as it was written to."""
+    return nn.Sequential.forward is _FORWARD and nn.Module.__call__ is _CALL
 
 
 def _key(part: nn.Sequential, x: Any, parameters: list[Any]) -> Any:
@@ -217,21 +284,32 @@ def _key(part: nn.Sequential, x: Any, parameters: list[Any]) -> Any:
     key: list[Any] = [x._slot.spec]
     for child in part._modules.values():
         kind = type(child)
-        layer, held = _LAYERS.get(kind), child.__dict__
-        if layer is None or "forward" in held:
+        layer = _LAYERS.get(kind)
+        if layer is None or kind.forward is not _FORWARDS[kind]:
+            return None
+        held = child.__dict__
+        if "forward" in held or "_call_impl" in held or held.get("_compiled_call_impl") is not None:
             return None
         for hooks in _HOOKS:
             if held[hooks]:
                 return None
         key.append((kind, *map(held.__getitem__, layer.settings)))
-        for parameter in held["_parameters"].values():
+        own = held["_parameters"]
+        if len(own) != len(layer.parameters):
+            return None
+        for name in layer.parameters:
+            parameter = own.get(name)
             if type(parameter) is not PointerTensor or parameter._slot.session is not session:
                 return None
             key.append(parameter._slot.spec)
             parameters.append(parameter)
-    return None if torch_module._has_any_global_hook() else tuple(key)
+    if torch_module._has_any_global_hook() or len(set(map(id, parameters))) < len(parameters):
+        return None  # a parameter that is used twice: torch adds up its gradients in an order of its own
+    return tuple(key)
 
 
+_FORWARD, _CALL = nn.Sequential.forward, nn.Module.__call__
+_FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _LAYERS}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -265,4 +343,5 @@ def _made(key: tuple[Any, ...]) -> Chain | None:
         kept = {"x": number, "out": number + 1}.get(layer.keeps, -1)
         links.append(_Link(layer, tuple(settings), before, begin, end, kept))
         begin = end
-    return Chain(links) if len(links) > 1 else None
+    # A result that is a view would share what it shares with a value that is saved, and torch would not know.
+    return Chain(links) if len(links) > 1 and not links[-1].layer.views else None

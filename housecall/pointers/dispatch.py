@@ -90,7 +90,7 @@ def _share(cls: Any, func: Any, args: Any, kwargs: dict[str, Any] | None) -> Any
 
 
 def _composed(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    return func.decompose(*args, **kwargs)
+    return func._op_dk(_COMPOSITE, *args, **kwargs)  # torch's own kernel, whatever decompositions there are in Python
 
 
 def _scalar(cls: Any, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -56,14 +56,18 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
 
 def _leave_all(tensors: list[torch.Tensor], session: Session, site: Site | None) -> None:
     homes: list[torch.Tensor] = []
+    turned: list[Any] = []  # gradients that became pointers themselves
     recording = torch.is_grad_enabled()
     try:
         torch._C._set_grad_enabled(False)  # what is sent is no part of a graph
         for tensor in tensors:
-            homes.append(_leave(tensor, session, site))
+            homes.append(_leave(tensor, session, site, turned))
     except BaseException:
         for tensor, home in zip(tensors, homes, strict=False):
             return_home(tensor, home)
+        visit = Visit(session)
+        for grad in turned:
+            visit.take(grad)
         raise
     finally:
         torch._C._set_grad_enabled(recording)
@@ -194,10 +198,10 @@ def _is_its_own(grad: Any) -> bool:
 
     Counted: by Python in those two, here, for the asking, and in torch's tensor; by torch that, and Python's object.
     Where torch counts in another way the answer is no, and a gradient changes its object."""
-    return bool(sys.getrefcount(grad) == 5 and grad._use_count() == 2)
+    return bool(sys.getrefcount(grad) == 5 and grad._use_count() == 2 and not grad.requires_grad)
 
 
-def _leave(tensor: torch.Tensor, session: Session, site: Site | None) -> torch.Tensor:
+def _leave(tensor: torch.Tensor, session: Session, site: Site | None, turned: list[Any]) -> torch.Tensor:
     """Let a parameter or buffer be a pointer to a copy of what it holds; another tensor that holds that now."""
     kind = type(tensor)
     pointer: Any = point(PointerTensor, session.put(tensor, site))
@@ -205,7 +209,7 @@ def _leave(tensor: torch.Tensor, session: Session, site: Site | None) -> torch.T
         pointer.requires_grad_()
     grad: Any = tensor.grad  # a parameter that was frozen may have one
     if grad is not None:
-        pointer.grad = grad if isinstance(grad, PointerTensor) else _sent_gradient(grad, session, site)
+        pointer.grad = grad if isinstance(grad, PointerTensor) else _sent_gradient(grad, session, site, turned)
     slot = pointer._slot
     _swap(tensor, pointer)
     tensor.__class__, pointer.__class__ = PointerTensor, kind
@@ -218,14 +222,19 @@ def _leave(tensor: torch.Tensor, session: Session, site: Site | None) -> torch.T
     return pointer  # type: ignore[no-any-return]  # it was one
 
 
-def _sent_gradient(grad: torch.Tensor, session: Session, site: Site | None) -> Any:
-    """A pointer to a gradient that goes along. One that never came home is there already, or is brought when used."""
+def _sent_gradient(grad: torch.Tensor, session: Session, site: Site | None, turned: list[Any]) -> Any:
+    """A pointer to a gradient that goes along. One that never came home is there already, or is brought when used; if
+    nobody else has it, and it will not be asked for at home when the worker is lost, it is the pointer itself."""
     if not isinstance(grad, LateTensor) or grad.slot is None:
         return point(PointerTensor, session.put(grad, site))
     slot = grad.slot
     if slot.session is not session:
         return point(PointerTensor, session.put_later(grad, slot.spec, site))
-    return grad.back(PointerTensor) if _is_its_own(grad) else point(PointerTensor, slot)
+    if session.transport.remote or not _is_its_own(grad):
+        return point(PointerTensor, slot)
+    pointer = grad.back(PointerTensor)
+    turned.append(pointer)
+    return pointer
 
 
 def return_home(tensor: torch.Tensor, value: torch.Tensor) -> None:

@@ -70,6 +70,7 @@ def say(
     pointer, which is made if it is needed."""
     with session.lock:
         trace = session.trace
+        session.note(trace)
         registers = _registers(session, trace, pointers)
         here = trace.step
         known = here.phrase
@@ -105,12 +106,12 @@ def _registers(session: Session, trace: Trace, pointers: tuple[Any, ...]) -> lis
 
 def learned(cls: Any, trace: Trace, here: Step, results: Sequence[Any], *, views: bool = False) -> Phrase | None:
     """The phrase that was said since the trace was at the step `here`, of which these pointers are the results; `None`
-    if it cannot be said again: it used what the trace had not used before, or did not give new values. `views`: whether
-    they may be views of what was there before; see NOTE [Views]."""
+    if it cannot be said again: it used what the trace had not used before, or drew, or did not give new values.
+    `views`: whether they may be views of what was there before; see NOTE [Views]."""
     steps: list[Step] = []
     step: Step | None = trace.step
     while step is not here:
-        if step is None or step.call is None:
+        if step is None or step.call is None or operator(step.call.op).random:
             return None
         steps.append(step)
         step = step.before

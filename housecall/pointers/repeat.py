@@ -128,6 +128,7 @@ def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwa
     with session.lock:
         try:
             trace = session.trace
+            session.note(trace)
             for at, wanted in pointers:
                 slot = values[at]._slot
                 if slot.trace is not trace:

@@ -32,6 +32,7 @@ import secrets
 import sys
 import threading
 import weakref
+from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -73,6 +74,8 @@ from .trace import Step, Trace, Tree, freed
 
 __all__ = ["Cut", "Session", "Site", "Slot", "caller", "caller_again", "is_callers"]
 
+
+_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 Answer = TypeVar("Answer", Types, Value)
 LARGE_BYTES = 1 << 28  # of tensors in one frame; a larger one travels alone
@@ -239,6 +242,7 @@ class Session:
         self._to_hear = 0  # the last frame whose reply told of some, until the worker knows that we know
         self._visits: list[weakref.ref[Any]] = []  # that may have left something: `late`
         self.watched = False  # whether somebody may have put a hook on a node of a graph
+        self.learning = 0  # the thread that is about to learn a phrase; -1 once another took a step meanwhile
         self._over: str | None = None  # why nothing more can be done here
         self._synchronous = synchronous
         self._tree = Tree()
@@ -308,6 +312,13 @@ class Session:
         """Let what is queued leave if it is much."""
         if self._queued_bytes + self._unused_bytes > LARGE_BYTES:
             self.flush()
+
+    def note(self, trace: Trace) -> None:
+        """A call is about to be taken: note what a phrase that is learned from it would not know."""
+        if _saved_hooks(False) is not None:
+            trace.watched = True
+        if self.learning and self.learning != get_ident():
+            self.learning = -1
 
     def take(self, slot: Slot) -> Ref:
         """Make a slot of before an input of the present trace. Raises `Cut` if what was issued should leave first."""

@@ -159,11 +159,14 @@ class PointerTensor(torch.Tensor):
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]  # torch's stubs take it for an attribute
         """As torch's."""
-        self._slot.session.watched = True
+        if type(self._slot) is Slot:  # else it is spent
+            self._slot.session.watched = True
         return backward.grad_fn(self)
 
     def register_hook(self, hook: Any) -> Any:
         """As torch's."""
+        if type(self._slot) is not Slot:
+            return super().register_hook(hook)  # type: ignore[no-untyped-call]  # torch's
         session = self._slot.session
         watched = session.watched
         found = super().register_hook(hook)  # type: ignore[no-untyped-call]  # torch's, which looks at `grad_fn`
@@ -172,7 +175,8 @@ class PointerTensor(torch.Tensor):
 
     def retain_grad(self) -> None:
         """As torch's."""
-        self._slot.session.trace.watched = True
+        if type(self._slot) is Slot:
+            self._slot.session.trace.watched = True
         super().retain_grad()
 
     # -- devices: torch would look for them on this machine -------------------------------------------------

@@ -175,6 +175,7 @@ class _Compiler:
             self._read.update(ref for arg in (*call.args, *call.kwargs.values()) for ref in refs(arg))
         for ref in (*(item.id for item in program.inputs), *(ref for _, ref in program.numbers)):
             self._registers[ref] = self._new(None)
+        self._matrices = {item.id for item in program.inputs if len(item.type.shape) == 2}  # and what is made of them
         self._views_last = not any(_may_reshape(call) for call in plan.calls)
         self._over = taken_over(program)
         for number, call in enumerate(plan.calls):
@@ -213,6 +214,9 @@ class _Compiler:
         if not self._views_last or call.op != "t.default" or len(call.args) != 1 or not isinstance(call.args[0], Ref):
             return False
         out, source = call.outs[0], call.args[0].id
+        if source not in self._matrices:  # perhaps it fails
+            return False
+        self._matrices.add(out)
         if source in self._turned:
             self._registers[out] = self._registers[self._turned[source]]
         else:
@@ -253,6 +257,8 @@ class _Compiler:
             function = self._function(rules, fixed, len(row), tuple(named))
             function = _unless_halted(function, self._halt) if writes else function
         row += [self._register(number, arg) for arg in named.values()]
+        if call.op in ("mm.default", "addmm.default"):
+            self._matrices.update(call.outs)
         function, out = self._results(rules, call, function)
         self._rows.append((number, function, row, out))
 
