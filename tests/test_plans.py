@@ -18,6 +18,7 @@ from housecall.program.check import check
 from housecall.program.flow import flow, input_writes
 from housecall.program.run import Randomness, computing, overload, run
 from housecall.program.typing import type_of
+from housecall.transport.arrays import share
 from housecall.types import Label, Ref, TensorType
 from housecall.wire.messages import Array, Define, Drop, Failure, Fetch, Frame, Heard, Message, Put, Reply, Run, Value
 from housecall.worker.limits import UNLIMITED, Limits
@@ -589,3 +590,28 @@ def test_the_plan_keeps_no_text_of_the_peers() -> None:
 def test_limits_of_a_program_are_what_the_page_says() -> None:
     assert (MOST_CALLS, MOST_PROGRAMS) == (20_000, 256)
     assert Complex(0.0, 1.0) != Complex(1.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["unused", "twice"])
+def test_a_turn_that_may_fail_is_not_put_off(name: str) -> None:
+    """Of three dimensions it fails, whether anything reads it or not, and nothing is written after that."""
+    turn = Call("t.default", (Ref(1),), {}, (10,))
+    calls = {
+        "unused": [turn, Call("add_.Tensor", (Ref(2), Ref(2)), {}, ())],
+        "twice": [turn, Call("t.default", (Ref(10),), {}, (11,)), Call("neg.default", (Ref(11),), {}, (12,))],
+    }[name]
+    outs = calls[-1].outs
+    inputs = (
+        Input("a", 1, TensorType("float32", (2, 2, 3), (6, 3, 1)), False),
+        Input("b", 2, TensorType("float32", (3,), (1,)), True),
+    )
+    program = Program(inputs, tuple(calls), (("o", 12),) if outs else ())
+    found = []
+    for said in ((Define(program), Run(program.digest, (1, 2), outs)), tuple(calls)):
+        door = Worker("w").open("me")
+        given = Put(1, share(torch.ones(2, 2, 3))), Put(2, share(torch.ones(3)))
+        reply = door.handle(Frame(1, (*given, *said)))
+        value = door.store[2]
+        found.append((bool(reply.failures), value.tolist(), [type(door.store[out]).__name__ for out in outs]))
+    assert found[0] == found[1]
+    assert found[0][0]
