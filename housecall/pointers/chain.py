@@ -21,10 +21,10 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
 
+from ..errors import UsageError
 from ..program.outcome import Spec
 from .aside import nothing_between
 from .backward import is_known
-from .calls import point
 from .phrase import say
 from .session import Slot
 from .tensor import PointerTensor
@@ -185,9 +185,10 @@ class Chain:
 
 
 class _Reads(NamedTuple):
-    """Of x and the parameters, which a backward reads; and which of the chain's values, by their numbers."""
+    """Of x and the parameters, which a backward reads and which not; and which of the values, by their numbers."""
 
     inputs: tuple[bool, ...]
+    others: tuple[bool, ...]
     kept: tuple[int, ...]
 
 
@@ -199,7 +200,8 @@ def _reads_of(chain: Chain, needs: tuple[bool, ...]) -> _Reads:
         if keeps:
             kept.add(link.kept)
     inputs[0] = any(at <= chain.seen for at in kept)
-    return _Reads(tuple(inputs), tuple(sorted(at for at in kept if at > chain.seen)))
+    others = tuple([not read for read in inputs])
+    return _Reads(tuple(inputs), others, tuple(sorted(at for at in kept if at > chain.seen)))
 
 
 class _Node(torch.autograd.Function):
@@ -212,37 +214,44 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, chain: Chain, x: Any, *parameters: Any) -> Any:
         *kept, out = say(PointerTensor, x._slot.session, chain, chain.run, (x, *parameters))
         reads = chain.reads(ctx.needs_input_grad[1:])
-        values = dict(zip(chain.kept, kept, strict=False))
-        values[len(chain.links)] = out
-        inputs = (x, *parameters)
-        ctx.save_for_backward(*compress(inputs, reads.inputs), *[values[at] for at in reads.kept])
-        ctx.slots = [one._slot for one in inputs]
-        ctx.rest = [None if read else one for one, read in zip(inputs, reads.inputs, strict=True)]
+        if reads.kept != tuple(chain.kept) or len(kept) < len(reads.kept):
+            values = {**dict(zip(chain.kept, kept, strict=False)), len(chain.links): out}
+            kept = [values[at] for at in reads.kept]
+        read = tuple(compress((x, *parameters), reads.inputs))
+        ctx.save_for_backward(*read, *kept)
+        ctx.ids = [one._slot.id for one in read]
+        ctx.rest = tuple(compress((x, *parameters), reads.others))
         ctx.set_materialize_grads(False)
         ctx.chain = chain
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        saved = iter(ctx.saved_tensors)  # first of all: it says whether the graph was freed
+        saved = ctx.saved_tensors  # first of all: it says whether the graph was freed
         chain, needs = ctx.chain, ctx.needs_input_grad[1:]
         if grad is None:
             return (None, *[None] * len(needs))
         reads = chain.reads(needs)
-        inputs = [
-            _as_saved(next(saved), slot) if read else None for slot, read in zip(ctx.slots, reads.inputs, strict=True)
-        ]
+        read, kept = iter(saved[: len(ctx.ids)]), saved[len(ctx.ids) :]
+        _check_saved(saved, ctx.ids)
         if torch.is_grad_enabled():
-            everything = [rest if one is None else one for one, rest in zip(inputs, ctx.rest, strict=True)]
+            rest = iter(ctx.rest)
+            everything = [next(read) if is_read else next(rest) for is_read in reads.inputs]
             return None, *_differentiable(chain.run(*everything)[-1], everything, grad, needs)
-        values = {0: inputs[0], **dict(zip(reads.kept, saved, strict=True))}
+        inputs = [next(read) if is_read else None for is_read in reads.inputs]
+        values = {0: inputs[0], **dict(zip(reads.kept, kept, strict=True))}
         return None, *chain.back(grad, values, inputs[1:], needs)
 
 
-def _as_saved(tensor: Any, slot: Slot) -> Any:
-    """A saved tensor with the slot that it had then: `.data = other` gives it another, and torch keeps the old one."""
-    moved = type(tensor._slot) is not Slot  # which says so, if it is used
-    return tensor if moved or tensor._slot is slot else point(PointerTensor, slot)
+def _check_saved(saved: Any, ids: list[int]) -> None:
+    """Raise `UsageError` for a tensor that has other data than when it was saved: torch would have kept the old."""
+    for tensor, ref in zip(saved, ids, strict=False):
+        slot = tensor._slot
+        if type(slot) is Slot and slot.id != ref:  # another kind of slot says by itself what it is
+            raise UsageError(
+                "the .data of a parameter or input was replaced between forward and backward: call loss.backward() "
+                "before, or write in place, with torch.no_grad()"
+            )
 
 
 def _differentiable(out: Any, inputs: list[Any], grad: Any, needs: tuple[bool, ...]) -> list[Any]:

@@ -190,7 +190,7 @@ def _brought_home(session: Session, pointers: list[PointerTensor]) -> HousecallE
 
 def _left(grad: PointerTensor, visit: Visit) -> LateTensor:
     """A gradient at home whose value stays at the worker. If nobody else has the pointer, it is that from now on."""
-    return visit.take(grad) if _is_its_own(grad) else visit.leave(grad._slot)
+    return visit.take(grad) if _is_its_own(grad) and not grad.requires_grad else visit.leave(grad._slot)
 
 
 def _is_its_own(grad: Any) -> bool:
@@ -198,7 +198,7 @@ def _is_its_own(grad: Any) -> bool:
 
     Counted: by Python in those two, here, for the asking, and in torch's tensor; by torch that, and Python's object.
     Where torch counts in another way the answer is no, and a gradient changes its object."""
-    return bool(sys.getrefcount(grad) == 5 and grad._use_count() == 2 and not grad.requires_grad)
+    return bool(sys.getrefcount(grad) == 5 and grad._use_count() == 2)
 
 
 def _leave(tensor: torch.Tensor, session: Session, site: Site | None, turned: list[Any]) -> torch.Tensor:
