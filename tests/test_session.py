@@ -644,3 +644,9 @@ def test_a_session_that_is_collected_while_the_live_ones_are_asked_for_disturbs_
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
+
+
+def test_what_travels_is_counted_both_ways(clinic: hc.VirtualWorker) -> None:
+    sent, fetched = clinic.session.bytes_sent, clinic.session.bytes_fetched
+    (torch.ones(10).send(clinic) + 1).get()  # type: ignore[attr-defined]  # the hook's
+    assert (clinic.session.bytes_sent - sent, clinic.session.bytes_fetched - fetched) == (40, 40)

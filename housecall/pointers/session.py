@@ -598,9 +598,9 @@ class Session:
         values: list[Any] = [item if isinstance(item, Failure) else item.data for item in found.arrays]
         if len(values) != len(slots):
             raise ProtocolError(f"worker '{self.location.id}' gave {len(values)} values for {len(slots)} slots")
+        came = [(slot, value) for slot, value in zip(slots, values, strict=True) if not isinstance(value, Failure)]
+        self.bytes_fetched += sum([value.nbytes for _, value in came])
         if self.transport.remote:
-            came = [(slot, value) for slot, value in zip(slots, values, strict=True) if not isinstance(value, Failure)]
-            self.bytes_fetched += sum(value.nbytes for _, value in came)
             self._kept.keep(came)
         return values, self.error(unnoticed[0]) if unnoticed else None
 
