@@ -1,7 +1,9 @@
-"""Whether torch does just what it is told: nothing of its own stands between what is called and the operators below.
+"""What stands between what is called and the operators below, and how to go without it.
 
 A mode, autocast, a transform of `torch.func`, forward-mode autograd and anomaly detection each want to see every
 operator, or make other operators of it. Where one is on, what is known of a graph or of a layer is not said at once.
+And torch asks the class of every tensor whether it does an operation in its own way (`__torch_function__`), for each
+attribute too: to ask costs more than most attributes.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["nothing_between"]
+__all__ = ["nothing_between", "plainly"]
+
+plainly: Any = torch._C.DisableTorchFunctionSubclass  # a context: within, torch does not ask classes of tensors
 
 _c: Any = torch._C
 _CHECKS = (

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..types import Ref
-from .aside import nothing_between
+from .aside import nothing_between, plainly
 from .phrase import Phrase, learned, said
 from .session import Session
 from .trace import Trace
@@ -60,7 +60,7 @@ def backward(cls: Any, loss: Any, plain: Callable[[], None]) -> None:
     """Do what `plain` does: the backward of a loss with nothing special asked for, as torch does it."""
     slot = loss._slot
     session: Session = slot.session
-    with session.lock:
+    with session.lock, plainly():
         trace, here = session.trace, session.trace.step
         may_be_known = slot.trace is trace and not slot.taken and _is_plain(session, trace)
         graph = _graph_of(cls, loss, trace) if may_be_known else None

@@ -149,7 +149,8 @@ class Chain:
     def __init__(self, links: list[_Link]) -> None:
         self.links = links
         self.seen = int(links[0].layer.views)  # which value is a view of x: made anew, not kept
-        self.kept = sorted({link.kept for link in links if link.kept > self.seen})  # beside x, which is there already
+        # Beside x, which is there already.
+        self.kept = tuple(sorted({link.kept for link in links if link.kept > self.seen}))
         self._reads: dict[tuple[bool, ...], _Reads] = {}
 
     def reads(self, needs: tuple[bool, ...]) -> _Reads:
@@ -214,23 +215,25 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, chain: Chain, x: Any, *parameters: Any) -> Any:
         *kept, out = say(PointerTensor, x._slot.session, chain, chain.run, (x, *parameters))
         reads = chain.reads(ctx.needs_input_grad[1:])
-        if reads.kept != tuple(chain.kept) or len(kept) < len(reads.kept):
+        if reads.kept != chain.kept or len(kept) < len(reads.kept):
             values = {**dict(zip(chain.kept, kept, strict=False)), len(chain.links): out}
             kept = [values[at] for at in reads.kept]
-        read = tuple(compress((x, *parameters), reads.inputs))
+        inputs = x, *parameters
+        read = list(compress(inputs, reads.inputs))
         ctx.save_for_backward(*read, *kept)
         ctx.ids = [one._slot.id for one in read]
-        ctx.rest = tuple(compress((x, *parameters), reads.others))
+        ctx.rest = list(compress(inputs, reads.others))
         ctx.set_materialize_grads(False)
         ctx.chain = chain
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        saved = ctx.saved_tensors  # first of all: it says whether the graph was freed
-        chain, needs = ctx.chain, ctx.needs_input_grad[1:]
         if grad is None:
-            return (None, *[None] * len(needs))
+            _ = ctx._raw_saved_tensors  # raises if the graph was freed, and unpacks nothing
+            return (None,) * len(ctx.needs_input_grad)
+        saved = ctx.saved_tensors  # first of all: it raises as well
+        chain, needs = ctx.chain, ctx.needs_input_grad[1:]
         reads = chain.reads(needs)
         read, kept = iter(saved[: len(ctx.ids)]), saved[len(ctx.ids) :]
         _check_saved(saved, ctx.ids)
@@ -299,18 +302,25 @@ def _key(part: nn.Sequential, x: Any, parameters: list[Any]) -> Any:
         held = child.__dict__
         if "forward" in held or "_call_impl" in held or held.get("_compiled_call_impl") is not None:
             return None
-        for hooks in _HOOKS:
-            if held[hooks]:
-                return None
+        if (
+            held["_forward_hooks"]
+            or held["_forward_pre_hooks"]
+            or held["_backward_hooks"]
+            or held["_backward_pre_hooks"]
+        ):
+            return None
         key.append((kind, *map(held.__getitem__, layer.settings)))
         own = held["_parameters"]
         if len(own) != len(layer.parameters):
             return None
         for name in layer.parameters:
             parameter = own.get(name)
-            if type(parameter) is not PointerTensor or parameter._slot.session is not session:
+            if type(parameter) is not PointerTensor:
                 return None
-            key.append(parameter._slot.spec)
+            slot = parameter._slot
+            if slot.session is not session:
+                return None
+            key.append(slot.spec)
             parameters.append(parameter)
     if torch_module._has_any_global_hook() or len(set(map(id, parameters))) < len(parameters):
         return None  # a parameter that is used twice: torch adds up its gradients in an order of its own
@@ -319,7 +329,6 @@ def _key(part: nn.Sequential, x: Any, parameters: list[Any]) -> Any:
 
 _FORWARD, _CALL = nn.Sequential.forward, nn.Module.__call__
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in _LAYERS}
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _chain_of(key: tuple[Any, ...]) -> Chain | None:

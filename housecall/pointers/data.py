@@ -26,6 +26,7 @@ from .tensor import PointerTensor, send, session_of
 __all__ = ["FederatedDataLoader", "FederatedDataset", "Part", "federate"]
 
 AHEAD = 32  # batches whose records' numbers are sent at once
+_pieces: Any = torch.split_copy  # copies: what torch's stubs say it returns is not so
 CHUNK = 256  # records collated at once while a data set is read: bounds the memory beside the data itself
 
 
@@ -171,16 +172,16 @@ class FederatedDataLoader:
             for pieces in zip(*splits, strict=True):
                 yield assembled([piece.clone() for piece in pieces])
             return
-        for chosen in _ahead(session, torch.split(order, self.batch_size)[: self._batches(part)], site):
+        for chosen in _ahead(session, order, self.batch_size, self._batches(part), site):
             yield assembled(list(say(PointerTensor, session, _selected, _selected, (chosen.pop(), *part.columns))))
 
 
-def _ahead(session: Session, pieces: Sequence[torch.Tensor], site: Site | None) -> Iterator[list[Slot]]:
-    """The slots of these pieces, some sent at once: what is done many times in a row costs less each. Each comes in a
-    list of its own, so that whoever takes it has it alone."""
-    for start in range(0, len(pieces), AHEAD):
-        slots = [[session.put(piece, site)] for piece in pieces[start : start + AHEAD]]
-        yield from slots
+def _ahead(session: Session, order: torch.Tensor, size: int, count: int, site: Site | None) -> Iterator[list[Slot]]:
+    """The slots of `count` pieces of this size, some sent at once: what is done many times in a row costs less each.
+    Each comes in a list of its own, so that whoever takes it has it alone."""
+    for start in range(0, count, AHEAD):
+        pieces = _pieces(order[start * size : (start + AHEAD) * size], size)[: count - start]
+        yield from [[slot] for slot in session.put_own(pieces, site)]
 
 
 def _selected(chosen: PointerTensor, *columns: PointerTensor) -> list[torch.Tensor]:

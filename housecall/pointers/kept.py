@@ -32,10 +32,7 @@ class Kept:
     """The values that came home last, by address."""
 
     def __init__(self) -> None:
-        self._values: dict[int, tuple[TensorType, torch.Tensor, Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self._values)
+        self.values: dict[int, tuple[TensorType, torch.Tensor, Any]] = {}
 
     def keep(self, values: list[tuple[Any, torch.Tensor]]) -> None:
         """Keep the slots of what came home now, and let go of what came before. Small values change nothing: a loss
@@ -46,20 +43,20 @@ class Kept:
                 copy = torch._lazy_clone(value)
                 came[_address(copy)] = type_of(value), copy, slot
         if came:
-            self._values = came
+            self.values = came
 
     def slot(self, tensor: torch.Tensor) -> Any:
         """The slot of a tensor that is there already, unchanged, with nobody else pointing at it; or `None`."""
-        if not self._values or not _is_shared(tensor):
+        if not self.values or not _is_shared(tensor):
             return None
-        found = self._values.get(_address(tensor))
+        found = self.values.get(_address(tensor))
         if found is None or found[0] != type_of(tensor):
             return None
-        _, _, slot = self._values.pop(_address(tensor))
+        _, _, slot = self.values.pop(_address(tensor))
         del found
         # Counted: `slot` here, and getrefcount's own argument. A pointer that shares it would see our changes.
         return slot if sys.getrefcount(slot) == 2 else None
 
     def clear(self) -> None:
         """Let go of everything."""
-        self._values.clear()
+        self.values.clear()

@@ -15,6 +15,7 @@ import torch
 from ..errors import PolicyError
 from ..program.outcome import Spec
 from ..wire.messages import Failure
+from .aside import plainly
 from .session import Session, Slot
 
 __all__ = ["LateTensor", "Visit", "at_hand"]
@@ -86,16 +87,16 @@ class LateTensor(torch.Tensor):
         return self._slot
 
     def back(self, cls: Any) -> Any:
-        """A pointer to its value, which is still at the worker. Nobody else has this tensor: it is that from now on."""
-        with torch._C.DisableTorchFunctionSubclass():
-            del self._visit, self._value
-            self.__class__ = cls
+        """A pointer to its value, which is still at the worker. Nobody else has this tensor: it is that from now on. To
+        be called within `plainly()`."""
+        del self._visit, self._value
+        self.__class__ = cls
         return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _SHAPE:
-            with torch._C.DisableTorchFunctionSubclass():
+            with plainly():
                 return func(*args, **(kwargs or {}))
         return func(*_plain(args), **_plain(kwargs or {}))
 

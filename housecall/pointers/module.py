@@ -26,9 +26,11 @@ from torch.nn.parameter import is_lazy
 from ..errors import HousecallError, UsageError, WorkerGone
 from ..transport.whole import whole
 from ..wire.messages import Failure
+from . import spare
 from .adapted import adapt, restore
+from .aside import plainly
 from .calls import point
-from .late import LateTensor, Visit
+from .late import LateTensor, Visit, at_hand
 from .request import OwnersAnswer, ask_owner
 from .session import Session, Site, Slot, caller
 from .tensor import PointerTensor, check_travels, session_of, sessions_of
@@ -43,13 +45,13 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
     worker is known to be lost; then all of them are where they were."""
     session = session_of(location)
     session.check_open()
-    parts = modules_of(module)
-    tensors = _tensors(parts)
-    for tensor in tensors:
-        _check_leaves(tensor)
-    with whole():  # Ctrl-C finds the module here or there
-        _leave_all(tensors, session, caller())
-        adapt(parts)
+    parts, tensors = _walked(module)
+    with plainly():
+        for tensor in tensors:
+            _check_leaves(tensor)
+        with whole():  # Ctrl-C finds the module here or there
+            _leave_all(tensors, session, caller())
+            adapt(parts)
     session.relieve()
     return module
 
@@ -80,12 +82,13 @@ def get_module(module: nn.Module) -> nn.Module:
     Raises `UsageError` if it is at home; `PolicyError` if the worker's owner keeps any of it, and it is all still
     there; `OperatorError` if a write failed that nobody has heard of, and it is home; `WorkerGone` if the worker is
     lost, and then it is home as it was when it was sent, if it was at a remote worker."""
-    parts = modules_of(module)
-    pointers = [tensor for tensor in _tensors(parts) if isinstance(tensor, PointerTensor)]
+    parts, tensors = _walked(module)
+    pointers = [tensor for tensor in tensors if isinstance(tensor, PointerTensor)]
     if not pointers:
         raise UsageError("this module is at home already: .send(worker) it first")
-    for pointer in pointers:
-        check_returns(pointer)
+    with plainly():
+        for pointer in pointers:
+            check_returns(pointer)
     troubles = [
         _bring_home(session, [pointer for pointer in pointers if pointer._slot.session is session])
         for session in sessions_of(pointers)
@@ -99,7 +102,7 @@ def get_module(module: nn.Module) -> nn.Module:
 
 def request_module(module: nn.Module, reason: str) -> OwnersAnswer:
     """Ask the worker's owner to let parameters and buffers out, once, as they are now; gradients are not asked for."""
-    pointers = [tensor for tensor in _tensors(modules_of(module)) if isinstance(tensor, PointerTensor)]
+    pointers = [tensor for tensor in _walked(module)[1] if isinstance(tensor, PointerTensor)]
     sessions = sessions_of(pointers)
     if len(sessions) != 1:
         raise UsageError("this module is at home, or at several workers: .send(worker) it to one, and ask there")
@@ -108,30 +111,32 @@ def request_module(module: nn.Module, reason: str) -> OwnersAnswer:
 
 def location_of(module: nn.Module) -> Any:
     """The worker where a module is, `None` at home."""
-    for session in sessions_of(_tensors(modules_of(module))):
+    for session in sessions_of(_walked(module)[1]):
         return session.location
     return None
 
 
 def modules_of(module: nn.Module) -> list[nn.Module]:
-    """The module and all within it, each once. As `Module.modules`, which spends most of its time on names."""
-    found, seen = [module], {id(module)}
-    for part in found:  # grows while it is walked
-        for child in part._modules.values():
+    """The module and all within it, each once."""
+    return _walked(module)[0]
+
+
+def _walked(module: nn.Module) -> tuple[list[nn.Module], list[torch.Tensor]]:
+    """The module and all within it; their parameters and buffers: each once, however often it is shared. As
+    `Module.modules` and kin, which spend most of their time on names."""
+    parts, seen = [module], {id(module)}
+    tensors: dict[int, torch.Tensor] = {}
+    for part in parts:  # grows while it is walked
+        own = part.__dict__  # behind every other attribute stands `Module.__getattr__`
+        for held in (own["_parameters"], own["_buffers"]):
+            for tensor in held.values():
+                if tensor is not None:
+                    tensors[id(tensor)] = tensor
+        for child in own["_modules"].values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
-                found.append(child)
-    return found
-
-
-def _tensors(parts: list[nn.Module]) -> list[torch.Tensor]:
-    """Parameters and buffers, each once, however often it is shared."""
-    found: dict[int, torch.Tensor] = {}
-    for part in parts:
-        for held in (part._parameters, part._buffers):
-            if held:
-                found.update([(id(tensor), tensor) for tensor in held.values() if tensor is not None])
-    return list(found.values())
+                parts.append(child)
+    return parts, list(tensors.values())
 
 
 def _check_leaves(tensor: torch.Tensor) -> None:
@@ -177,7 +182,7 @@ def _brought_home(session: Session, pointers: list[PointerTensor]) -> HousecallE
         if isinstance(value, Failure):
             raise session.error(value)
     visit = Visit(session)
-    with whole():
+    with whole(), plainly():
         for pointer, value in zip(pointers, values, strict=True):
             grad: Any = pointer.grad
             if pointer.requires_grad:
@@ -204,13 +209,11 @@ def _is_its_own(grad: Any) -> bool:
 def _leave(tensor: torch.Tensor, session: Session, site: Site | None, turned: list[Any]) -> torch.Tensor:
     """Let a parameter or buffer be a pointer to a copy of what it holds; another tensor that holds that now."""
     kind = type(tensor)
-    pointer: Any = point(PointerTensor, session.put(tensor, site))
-    if tensor.requires_grad:
-        pointer.requires_grad_()
+    slot = session.put(tensor, site)
+    pointer: Any = spare.pointer(PointerTensor, slot, tensor.requires_grad)
     grad: Any = tensor.grad  # a parameter that was frozen may have one
     if grad is not None:
         pointer.grad = grad if isinstance(grad, PointerTensor) else _sent_gradient(grad, session, site, turned)
-    slot = pointer._slot
     _swap(tensor, pointer)
     tensor.__class__, pointer.__class__ = PointerTensor, kind
     del pointer.__dict__["_slot"]
@@ -225,9 +228,9 @@ def _leave(tensor: torch.Tensor, session: Session, site: Site | None, turned: li
 def _sent_gradient(grad: torch.Tensor, session: Session, site: Site | None, turned: list[Any]) -> Any:
     """A pointer to a gradient that goes along. One that never came home is there already, or is brought when used; if
     nobody else has it, and it will not be asked for at home when the worker is lost, it is the pointer itself."""
-    if not isinstance(grad, LateTensor) or grad.slot is None:
-        return point(PointerTensor, session.put(grad, site))
-    slot = grad.slot
+    if not isinstance(grad, LateTensor) or grad._slot is None:
+        return point(PointerTensor, session.put(at_hand(grad), site))
+    slot = grad._slot
     if slot.session is not session:
         return point(PointerTensor, session.put_later(grad, slot.spec, site))
     if session.transport.remote or not _is_its_own(grad):
@@ -240,13 +243,17 @@ def _sent_gradient(grad: torch.Tensor, session: Session, site: Site | None, turn
 def return_home(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Let a parameter or buffer that is a pointer hold a value again."""
     held = tensor.__dict__
-    kind = held.get("_home_class", _plain_class(tensor))
+    kind, slot = held.get("_home_class") or _plain_class(tensor), held["_slot"]
+    requires_grad = tensor.requires_grad
     _swap(tensor, value)
     tensor.__class__, value.__class__ = kind, PointerTensor
     for name in _HELD.intersection(held):
         del held[name]
     value._slot = _MOVED  # type: ignore[attr-defined]  # a graph may hold it; nobody else does
     _watch(value)
+    if value.is_leaf and not slot.skip:
+        value.grad = None
+        spare.keep(value, slot.spec, requires_grad)
 
 
 _HELD = frozenset(("_slot", "_is_param", "_id", "_home_class", "_home"))

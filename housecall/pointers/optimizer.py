@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import UsageError
+from .aside import plainly
 from .session import Session, Site, caller, is_callers
 from .tensor import PointerTensor, send
 
@@ -66,14 +67,15 @@ def follow(optimizer: torch.optim.Optimizer, args: Any = (), kwargs: Any = None)
 
 def _stray_gradients(parameters: list[torch.Tensor]) -> bool:
     """Whether any gradient is elsewhere than its parameter."""
-    for parameter in parameters:
-        grad = parameter.grad
-        if grad is None or (
-            type(grad) is PointerTensor is type(parameter) and grad._slot.session is parameter._slot.session
-        ):
-            continue
-        if _place(grad) is not _place(parameter):
-            return True
+    with plainly():
+        for parameter in parameters:
+            grad = parameter.grad
+            if grad is None or (
+                type(grad) is PointerTensor is type(parameter) and grad._slot.session is parameter._slot.session
+            ):
+                continue
+            if _place(grad) is not _place(parameter):
+                return True
     return False
 
 

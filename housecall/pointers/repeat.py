@@ -20,7 +20,7 @@ import torch
 from ..program.ops import Return
 from ..program.outcome import Spec
 from ..types import Ref
-from .session import Cut, Session, Slot, caller_again
+from .session import Cut, Session, Slot, caller_again, saved_hooks
 from .trace import Step, Trace, register
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = ["Pattern", "Result", "again", "pattern_of", "point", "pointer_to", "r
 _make: Any = torch.Tensor._make_wrapper_subclass
 _no_memory: Any = torch._C._set_throw_on_mutable_data_ptr  # whoever reaches for it in C gets an error, not a crash
 _default_dtype = torch.get_default_dtype
+_is_recorded = torch.is_grad_enabled
 _weakly = weakref.ref
 _new = object.__new__
 
@@ -125,10 +126,12 @@ def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwa
         return None
     if pick is not None and pick(values) != constants:
         return None
+    recorded = _is_recorded()  # in autograd's graph, or may be
     with session.lock:
         try:
             trace = session.trace
-            session.note(trace)
+            if session.learning or saved_hooks(False) is not None:
+                session.note(trace)
             for at, wanted in pointers:
                 slot = values[at]._slot
                 if slot.trace is not trace:
@@ -137,7 +140,7 @@ def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwa
                     session.take(slot)
                 if slot.register is not wanted:
                     return None
-                if slot.taken and not values[at].is_leaf:
+                if recorded and slot.taken and not values[at].is_leaf:
                     trace.reaches_back = True
             if trace.step is not expected.before:
                 return None

@@ -51,6 +51,7 @@ from ..transport.whole import whole
 from ..types import Ref, TensorType, Transport
 from ..wire.codec import MAX_HEAD_BYTES
 from ..wire.messages import (
+    Array,
     Define,
     Describe,
     Drop,
@@ -72,10 +73,10 @@ from .live import Live
 from .randomness import Follower
 from .trace import Step, Trace, Tree, freed
 
-__all__ = ["Cut", "Session", "Site", "Slot", "caller", "caller_again", "is_callers"]
+__all__ = ["Cut", "Session", "Site", "Slot", "caller", "caller_again", "is_callers", "saved_hooks"]
 
 
-_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 Answer = TypeVar("Answer", Types, Value)
 LARGE_BYTES = 1 << 28  # of tensors in one frame; a larger one travels alone
@@ -279,17 +280,25 @@ class Session:
     def put(self, tensor: torch.Tensor, site: Site | None = None) -> Slot:
         """Queue a copy of a local tensor, made when either side first writes; its slot. `site`: the line that sends it,
         if it is known."""
-        if self._kept:
+        if self._kept.values:
             kept: Slot | None = self._kept.slot(tensor)
             if kept is not None:
                 return kept
-        array = share(tensor)
+        given = spec_of(tensor)
+        array = share(tensor, given)
+        return self._put(array, given if given.dense else spec_of(array.data), site or caller())
+
+    def put_own(self, tensors: Sequence[torch.Tensor], site: Site | None) -> list[Slot]:
+        """Queue tensors that nobody else has, and that fill their storages: they are not copied. Their slots."""
+        return [self._put(Array(None, tensor), spec_of(tensor), site) for tensor in tensors]
+
+    def _put(self, array: Array, given: Spec, site: Site | None) -> Slot:
         nbytes = array.data.nbytes
         if nbytes > self.transport.frame_bytes:
             nbytes = array.data.untyped_storage().nbytes()  # a repeated dimension travels once
             self._check_size(nbytes)
-        slot = Slot(self, spec_of(array.data))
-        self._sent[slot.id] = Put(slot.id, array), site or caller()
+        slot = Slot(self, given)
+        self._sent[slot.id] = Put(slot.id, array), site
         self._unused_bytes += nbytes
         return slot
 
@@ -315,7 +324,7 @@ class Session:
 
     def note(self, trace: Trace) -> None:
         """A call is about to be taken: note what a phrase that is learned from it would not know."""
-        if _saved_hooks(False) is not None:
+        if saved_hooks(False) is not None:
             trace.watched = True
         if self.learning and self.learning != get_ident():
             self.learning = -1
@@ -347,6 +356,8 @@ class Session:
 
     def _use_all(self, named: Iterable[int] = ()) -> None:
         """What was sent will travel, also if nothing has used it; what must be brought first, if it is named."""
+        if not self._sent:
+            return
         for ref in named:
             if ref in self._sent:
                 self._use(ref)
@@ -411,16 +422,17 @@ class Session:
             self._queue_trace(last)
 
     def _queue_trace(self, last: Call | None) -> None:
-        trace = self.trace
+        trace, gone, marks = self.trace, self.dropped, self.marks
         dropped: list[int] = []
-        while self.dropped:
-            ref = self.dropped.popleft().id
-            self.marks.pop(ref, None)
+        while gone:
+            ref = gone.popleft().id
+            marks.pop(ref, None)
             dropped.append(ref)
         if trace.ids:
             self.trace = self._new_trace()
         if self._sent:
-            dropped = [ref for ref in dropped if not self._forgotten(ref)]
+            sent = self._sent
+            dropped = [ref for ref in dropped if ref not in sent or not self._forgotten(ref)]
         if trace.sites:
             dropped = self._dropped_first(dropped, trace)
             alive = trace.end()
@@ -435,11 +447,15 @@ class Session:
     def _dropped_first(self, dropped: list[int], trace: Trace) -> list[int]:
         """Queue the drops of what a trace does not use, before it: a parameter whose last copy is gone is written in
         place, and not copied first. Which are left."""
-        used = {trace.ids[at] for at in trace.step.inputs}
-        first = [ref for ref in dropped if ref not in used]
+        ids = trace.ids
+        used = {ids[at] for at in trace.step.inputs}
+        if used.isdisjoint(dropped):
+            first, rest = dropped, []
+        else:
+            first, rest = [ref for ref in dropped if ref not in used], [ref for ref in dropped if ref in used]
         if first:
             self.outbox.append((Drop(tuple(first)), None))
-        return [ref for ref in dropped if ref in used] if first else dropped
+        return rest
 
     def _forgotten(self, ref: int) -> bool:
         """NOTE [Unused values]: forget a value that nothing has used; whether it was one."""

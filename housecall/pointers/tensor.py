@@ -16,7 +16,7 @@ from ..errors import SpentPointerError, UsageError
 from ..program.typing import DTYPES
 from ..wire.codec import ITEM_BYTES
 from ..wire.messages import Failure
-from . import backward
+from . import backward, in_place
 from .calls import point
 from .dispatch import dispatch
 from .late import at_hand
@@ -266,6 +266,10 @@ class PointerTensor(torch.Tensor):
         shape = " × ".join(map(str, self.shape)) or "scalar"
         grad = ", requires grad" if self.requires_grad else ""
         return f"<code>{self!r}</code><br><small>{shape}, {self.dtype}{grad}; the value is at the worker</small>"
+
+
+for _name in in_place.NAMES:
+    setattr(PointerTensor, _name, in_place.writing(PointerTensor, _name))
 
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.device | None, tuple[Any, ...], Any]:

@@ -93,8 +93,7 @@ class Step:
         return found[::-1]
 
 
-def _nobody() -> None:
-    """What a weak reference gives whose object is gone."""
+_nobody: Callable[[], None] = type(None)  # what a weak reference gives whose object is gone
 
 
 def _all(arg: Arg) -> list[Ref]:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..errors import CodecError
+from ..program.outcome import Spec
 from ..program.typing import symbol, type_of
 from ..types import TensorType
 from ..wire.codec import ITEM_BYTES, check_array
@@ -64,10 +65,17 @@ def _with_bits(tensor: torch.Tensor, *, conj: bool, neg: bool) -> torch.Tensor:
     return tensor
 
 
-def share(tensor: torch.Tensor) -> Array:
-    """An array for the same process: the tensor itself, copied on write. It knows its own type."""
-    recorded = tensor.requires_grad and torch.is_grad_enabled()
-    return Array(None, own(tensor.detach() if recorded else tensor))
+def share(tensor: torch.Tensor, known: Spec | None = None) -> Array:
+    """An array for the same process: the tensor itself, copied on write. It knows its own type; if that is `known`,
+    less is looked at."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        tensor = tensor.detach()
+    if known is not None and known.dense and tensor.is_cpu and tensor.untyped_storage().nbytes() == known.volume:
+        try:
+            return Array(None, torch._lazy_clone(tensor))
+        except RuntimeError:  # `own` knows why
+            pass
+    return Array(None, own(tensor))
 
 
 def pack(array: Array) -> Array:
