@@ -35,14 +35,14 @@ class Visit:
         """A tensor for the value of this slot, which stays at the worker for now."""
         given: Spec = slot.spec
         late: LateTensor = _make(LateTensor, *given.wrapper)
-        late._visit, late._slot, late._value = self, slot, None
+        late._visit, late._slot = self, slot
         self._left.append(weakref.ref(late))
         return late
 
     def take(self, pointer: Any) -> LateTensor:
         """The same, for a pointer that nobody else has: it is that tensor from now on."""
         pointer.__class__ = LateTensor
-        pointer._visit, pointer._value = self, None
+        pointer._visit = self
         self._left.append(weakref.ref(pointer))
         return pointer  # type: ignore[no-any-return]  # it was another
 
@@ -79,7 +79,7 @@ class LateTensor(torch.Tensor):
 
     _visit: Visit
     _slot: Slot | None
-    _value: torch.Tensor | None
+    _value: torch.Tensor | None = None
 
     @property
     def slot(self) -> Slot | None:
@@ -89,7 +89,7 @@ class LateTensor(torch.Tensor):
     def back(self, cls: Any) -> Any:
         """A pointer to its value, which is still at the worker. Nobody else has this tensor: it is that from now on. To
         be called within `plainly()`."""
-        del self._visit, self._value
+        del self._visit
         self.__class__ = cls
         return self
 

@@ -32,7 +32,7 @@ from .aside import plainly
 from .calls import point
 from .late import LateTensor, Visit, at_hand
 from .request import OwnersAnswer, ask_owner
-from .session import Session, Site, Slot, caller
+from .session import Session, Site, Slot, Spot, caller_again
 from .tensor import PointerTensor, check_travels, session_of, sessions_of
 
 __all__ = ["check_returns", "get_module", "location_of", "modules_of", "request_module", "return_home", "send_module"]
@@ -50,7 +50,7 @@ def send_module(module: nn.Module, location: Any) -> nn.Module:
         for tensor in tensors:
             _check_leaves(tensor)
         with whole():  # Ctrl-C finds the module here or there
-            _leave_all(tensors, session, caller())
+            _leave_all(tensors, session, caller_again(_SENDING))
             adapt(parts)
     session.relieve()
     return module
@@ -247,8 +247,8 @@ def return_home(tensor: torch.Tensor, value: torch.Tensor) -> None:
     requires_grad = tensor.requires_grad
     _swap(tensor, value)
     tensor.__class__, value.__class__ = kind, PointerTensor
-    for name in _HELD.intersection(held):
-        del held[name]
+    for name in _HELD:
+        held.pop(name, None)
     value._slot = _MOVED  # type: ignore[attr-defined]  # a graph may hold it; nobody else does
     _watch(value)
     if value.is_leaf and not slot.skip:
@@ -256,7 +256,8 @@ def return_home(tensor: torch.Tensor, value: torch.Tensor) -> None:
         spare.keep(value, slot.spec, requires_grad)
 
 
-_HELD = frozenset(("_slot", "_is_param", "_id", "_home_class", "_home"))
+_SENDING = Spot()
+_HELD = ("_slot", "_is_param", "_id", "_home_class", "_home")
 
 
 def _home_of(pointer: Any) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 
 from ..errors import UsageError
 from .aside import plainly
-from .session import Session, Site, caller, is_callers
+from .session import Session, Site, Spot, caller, caller_again, is_callers
 from .tensor import PointerTensor, send
 
 __all__ = ["check_recordable", "follow", "get_state", "stepping"]
@@ -39,6 +39,7 @@ class _Step(NamedTuple):
     told: dict[Session, int]
 
 
+_STEPPING = Spot()
 _LAST = "_housecall_last_step"  # where an optimizer has it; what is saved of one has no such attribute
 
 
@@ -84,7 +85,8 @@ def _remember(
 ) -> None:
     """What an optimizer keeps before a step that is taken at these places."""
     if places:
-        optimizer.__dict__[_LAST] = _Step(caller(), kept, {session: session.failures for session in places})
+        told = {session: session.failures for session in places}
+        optimizer.__dict__[_LAST] = _Step(caller_again(_STEPPING), kept, told)
 
 
 def get_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -73,7 +73,7 @@ from .live import Live
 from .randomness import Follower
 from .trace import Step, Trace, Tree, freed
 
-__all__ = ["Cut", "Session", "Site", "Slot", "caller", "caller_again", "is_callers", "saved_hooks"]
+__all__ = ["Cut", "Session", "Site", "Slot", "Spot", "caller", "caller_again", "is_callers", "saved_hooks"]
 
 
 saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
@@ -125,10 +125,19 @@ def _is_inside(filename: str) -> bool:
         return inside
 
 
-def caller_again(step: Step) -> Site | None:
-    """`caller`, for a step that may have been taken from the same line before: that many frames up, it is looked for
-    first. Walking up through torch's own frames costs as much as all else of a step."""
-    known: tuple[int, Site] | None = step.site
+class Spot:
+    """A place in this package that callers come to, and where the last of them was found."""
+
+    __slots__ = ("site",)
+
+    def __init__(self) -> None:
+        self.site: tuple[int, Site] | None = None
+
+
+def caller_again(spot: Step | Spot) -> Site | None:
+    """`caller`, for a step or another spot that may have been reached from the same line before: that many frames up,
+    it is looked for first. Walking up through torch's own frames costs as much as all else of a step."""
+    known: tuple[int, Site] | None = spot.site
     if known is not None:
         depth, site = known
         try:
@@ -143,7 +152,7 @@ def caller_again(step: Step) -> Site | None:
     if frame is None:
         return None
     found = Site(frame.f_code, frame.f_lasti)
-    step.site = depth, found
+    spot.site = depth, found
     return found
 
 
@@ -179,7 +188,7 @@ class Slot:
     def mark(self) -> None:
         """From now on its end is noticed: see NOTE [Lifetimes]."""
         session, ref = self.session, self.id
-        mark = session.marks[ref] = _Mark(self, session.dropped.append)
+        mark = session.marks[ref] = _Mark(self, session.drop)
         mark.id = ref
 
     @property
@@ -219,6 +228,7 @@ class Session:
         # `random` cannot make them collide. Within the session they count, so none comes twice.
         self.ids = itertools.count(10**10 + secrets.randbelow(8 * 10**10))
         self.dropped: deque[_Mark] = deque()
+        self.drop = self.dropped.append
         self.marks: dict[int, _Mark] = {}  # of the slots that live
         self.outbox: list[Issued] = []
         self._sent: dict[
@@ -231,6 +241,7 @@ class Session:
         self.bytes_fetched = 0
         self.follower = Follower()
         self._kept = Kept()
+        self._asked = Spot()
         self._queued_bytes = 0  # of tensors in the outbox, and of those that nothing has used yet
         self._unused_bytes = 0
         self._bringing = False  # a value of another worker, in the middle of a call
@@ -381,7 +392,7 @@ class Session:
         with self.lock:
             self._end_trace()
             self._use_all(getattr(message, "ids", ()))
-            self.outbox.append((message, site or caller()))
+            self.outbox.append((message, site or caller_again(self._asked)))
 
     def run(self, program: Program, run: Run) -> None:
         """Queue a run of a program that was recorded."""
@@ -642,7 +653,7 @@ class Session:
 
     def was_undone(self, site: Site | None, since: int) -> bool:
         """Whether a write of this line was not done, and that was told after `since` failures."""
-        return any(at > since and where == site for at, where in self._undone)
+        return bool(self._undone) and any(at > since and where == site for at, where in self._undone)
 
     def _answer(self, message: Message, kind: type[Answer]) -> tuple[Answer, list[Failure]]:
         """Ask, and wait: the answer, and what failed that nobody would notice."""
