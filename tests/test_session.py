@@ -18,7 +18,8 @@ from at_once import at_once
 
 import housecall as hc
 from housecall.pointers.live import Live
-from housecall.pointers.session import Session, Slot
+from housecall.pointers.session import Session
+from housecall.pointers.slot import Slot
 from housecall.program.call import Call
 from housecall.transport.memory import MemoryTransport
 from housecall.types import Ref

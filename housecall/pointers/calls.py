@@ -20,7 +20,9 @@ from ..transport.whole import whole
 from ..types import Ref, TensorType
 from .adoption import LocalTensor, adopted
 from .repeat import pattern_of, point
-from .session import Cut, Session, Slot, caller_again
+from .session import Cut, Session
+from .site import caller_again
+from .slot import Slot
 from .trace import NUMBER, Trace, register
 
 __all__ = ["Rule", "issue", "item", "point", "session_of"]

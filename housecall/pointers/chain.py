@@ -26,7 +26,7 @@ from ..program.outcome import Spec
 from .aside import nothing_between
 from .backward import is_known
 from .phrase import say
-from .session import Slot
+from .slot import Slot
 from .tensor import PointerTensor
 
 __all__ = ["forward"]

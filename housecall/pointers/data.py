@@ -20,7 +20,9 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_co
 
 from ..errors import DataError, UsageError
 from .phrase import say
-from .session import Session, Site, Slot, caller
+from .session import Session
+from .site import Site, caller
+from .slot import Slot
 from .tensor import PointerTensor, send, session_of
 
 __all__ = ["FederatedDataLoader", "FederatedDataset", "Part", "federate"]

@@ -18,7 +18,8 @@ from ..program.typing import DTYPES
 from ..wire.messages import Column, Define, Evaluate, Noised, Owned, Requested, Result
 from .record import Recorded
 from .request import OwnersAnswer, ask_gate, check_asked
-from .session import Session, Slot
+from .session import Session
+from .slot import Slot
 from .statistics import StatisticsAnswer
 from .tensor import PointerTensor
 

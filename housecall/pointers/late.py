@@ -16,7 +16,8 @@ from ..errors import PolicyError
 from ..program.outcome import Spec
 from ..wire.messages import Failure
 from .aside import plainly
-from .session import Session, Slot
+from .session import Session
+from .slot import Slot
 
 __all__ = ["LateTensor", "Visit", "at_hand"]
 

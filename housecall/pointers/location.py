@@ -11,7 +11,8 @@ from ..errors import UsageError
 from ..wire.messages import Clear, Found, Open, Search, Tag
 from .calls import point
 from .owned import OwnedDataset
-from .session import Session, Slot
+from .session import Session
+from .slot import Slot
 from .tensor import PointerTensor
 
 __all__ = ["Location"]

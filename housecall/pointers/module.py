@@ -32,7 +32,9 @@ from .aside import plainly
 from .calls import point
 from .late import LateTensor, Visit, at_hand
 from .request import OwnersAnswer, ask_owner
-from .session import Session, Site, Slot, Spot, caller_again
+from .session import Session
+from .site import Site, Spot, caller_again
+from .slot import Slot
 from .tensor import PointerTensor, check_travels, session_of, sessions_of
 
 __all__ = ["check_returns", "get_module", "location_of", "modules_of", "request_module", "return_home", "send_module"]

@@ -22,7 +22,8 @@ import torch
 
 from ..errors import UsageError
 from .aside import plainly
-from .session import Session, Site, Spot, caller, caller_again, is_callers
+from .session import Session
+from .site import Site, Spot, caller, caller_again, is_callers
 from .tensor import PointerTensor, send
 
 __all__ = ["check_recordable", "follow", "get_state", "stepping"]

@@ -17,7 +17,7 @@ from .data import FederatedDataset, Part
 from .evaluation import Scored, ask_score, submit_score
 from .mock import MockDataset, by_hand, mock_of
 from .request import OwnersAnswer
-from .session import Slot
+from .slot import Slot
 from .statistics import Asked, StatisticsAnswer, ask_statistics
 from .tensor import PointerTensor
 

@@ -24,7 +24,9 @@ from ..program.check import arguments
 from ..program.ops import operator
 from ..types import Ref
 from .repeat import Result, point, pointer_to, result_of
-from .session import Cut, Session, Slot, caller_again
+from .session import Cut, Session
+from .site import caller_again
+from .slot import Slot
 from .trace import Step, Trace
 
 __all__ = ["Phrase", "learned", "said", "say"]

@@ -42,7 +42,7 @@ from .mock import MockDataset
 from .optimizer import follow
 from .recording import Effect, Given, Place, Plain, Recording, recording_of, settings_of, spec_of, state_of
 from .request import OwnersAnswer, ask_to_run
-from .session import Slot
+from .slot import Slot
 from .tensor import PointerTensor
 
 __all__ = ["Recorded", "record", "run_program", "submit_program"]

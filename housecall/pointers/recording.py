@@ -36,7 +36,7 @@ from ..program.typing import meta, type_of
 from ..types import Ref, TensorType
 from .adapted import adapt, restore
 from .optimizer import check_recordable
-from .session import Site, is_callers
+from .site import Site, is_callers
 from .tape import Tape
 from .tensor import PointerTensor
 

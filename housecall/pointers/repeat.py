@@ -20,7 +20,9 @@ import torch
 from ..program.ops import Return
 from ..program.outcome import Spec
 from ..types import Ref
-from .session import Cut, Session, Slot, caller_again, saved_hooks
+from .session import Cut, Session, saved_hooks
+from .site import caller_again
+from .slot import Slot
 from .trace import Step, Trace, register
 
 if TYPE_CHECKING:

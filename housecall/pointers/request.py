@@ -13,7 +13,8 @@ from ..program.call import Program
 from ..program.ops import operator
 from ..wire.messages import Define, Message, Requested, Result, Status, Submit
 from ..wire.messages import Request as Ask
-from .session import Session, Slot
+from .session import Session
+from .slot import Slot
 
 __all__ = ["OwnersAnswer", "ask_gate", "ask_owner", "ask_to_run", "check_asked"]
 

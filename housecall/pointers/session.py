@@ -3,15 +3,6 @@
 Calls on pointers become steps of a trace (`trace`), all else a message in the outbox. What is queued leaves as a frame
 when it is `transport.frame_messages` or when somebody waits. A caller waits only where Python needs a value.
 
-NOTE [Lifetimes]
-A `Slot` is the one object that stands for a value at the worker; pointers that alias it (`detach`) share it. When the
-last of them dies, from whichever thread, also the garbage collector's, also at exit, its mark is appended to `dropped`:
-by a weak reference's callback in C, which is atomic, needs no lock, and swallows no Ctrl-C, as a `__del__` would. What
-was issued before may use it, so its `Drop` stands behind that. Marks are of slots and not of tensors, since modules
-swap what a tensor object holds.
-A result of the present trace has no mark yet: most die within it, and are not bound at all. A trace refers to its
-results weakly; those that live when it ends get their marks.
-
 NOTE [Unused values]
 A value that was sent waits until something uses it, or somebody waits. One that is dropped before never travels, so the
 gradients that go along with a model cost nothing where `zero_grad` follows. And to a remote worker a large one travels
@@ -26,20 +17,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import linecache
-import os
 import secrets
-import sys
 import threading
 import weakref
 from _thread import get_ident
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from types import CodeType
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-import msgspec
 import torch
 
 from ..errors import CodecError, HousecallError, OperatorError, PolicyError, ProtocolError, UsageError, WorkerGone
@@ -71,9 +57,11 @@ from ..wire.messages import (
 from .kept import Kept
 from .live import Live
 from .randomness import Follower
-from .trace import Step, Trace, Tree, freed
+from .site import Site, Spot, caller, caller_again
+from .slot import Mark, Slot
+from .trace import Trace, Tree, freed
 
-__all__ = ["Cut", "Session", "Site", "Slot", "Spot", "caller", "caller_again", "is_callers", "saved_hooks"]
+__all__ = ["Cut", "Session", "saved_hooks"]
 
 
 saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
@@ -84,117 +72,8 @@ FRAME_BYTES = 1 << 10  # that a frame adds to the one message it has
 CUT_BYTES = 1 << 18  # of a value that travels while the worker does what was issued before its first use
 
 
-class Site(NamedTuple):
-    """A line of the caller's own code. Kept as code and instruction: the line is looked up if it is wanted."""
-
-    code: CodeType
-    instruction: int
-
-    def __str__(self) -> str:
-        line = next((n for start, end, n in self.code.co_lines() if start <= self.instruction < end and n), 0)
-        name = self.code.co_filename
-        source = linecache.getline(name, line).strip()
-        return f"{name}:{line} in {self.code.co_name}" + (f": {source}" if source else "")
-
-
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_inside: dict[str, bool] = {}
-
-
-def is_callers(filename: str) -> bool:
-    """Whether a file belongs neither to torch nor to this package."""
-    return not filename.startswith((_HERE, _TORCH))
-
-
-def caller(depth: int = 1) -> Site | None:
-    """The innermost line that belongs neither to torch nor to this package, from `depth` frames up."""
-    frame: Any = sys._getframe(depth)
-    while frame is not None:
-        if not _is_inside(frame.f_code.co_filename):
-            return Site(frame.f_code, frame.f_lasti)
-        frame = frame.f_back
-    return None
-
-
-def _is_inside(filename: str) -> bool:
-    try:
-        return _inside[filename]
-    except KeyError:
-        inside = _inside[filename] = not is_callers(filename)
-        return inside
-
-
-class Spot:
-    """A place in this package that callers come to, and where the last of them was found."""
-
-    __slots__ = ("site",)
-
-    def __init__(self) -> None:
-        self.site: tuple[int, Site] | None = None
-
-
-def caller_again(spot: Step | Spot) -> Site | None:
-    """`caller`, for a step or another spot that may have been reached from the same line before: that many frames up,
-    it is looked for first. Walking up through torch's own frames costs as much as all else of a step."""
-    known: tuple[int, Site] | None = spot.site
-    if known is not None:
-        depth, site = known
-        try:
-            frame: Any = sys._getframe(depth)
-        except ValueError:
-            frame = None
-        if frame is not None and frame.f_code is site.code and frame.f_lasti == site.instruction:
-            return site
-    depth, frame = 1, sys._getframe(1)
-    while frame is not None and _is_inside(frame.f_code.co_filename):
-        depth, frame = depth + 1, frame.f_back
-    if frame is None:
-        return None
-    found = Site(frame.f_code, frame.f_lasti)
-    spot.site = depth, found
-    return found
-
-
 class Cut(Exception):  # an event, not an error: `dispatch` begins the call anew
     """What was issued had better leave before the call at hand, which uses a large value that has yet to travel."""
-
-
-class _Mark(weakref.ref["Slot"]):
-    """What is left of a slot that died: its id. See NOTE [Lifetimes]."""
-
-    __slots__ = ("id",)
-    id: int
-
-
-class Slot:
-    """One value at a worker. Dies with the last pointer to it, and frees the value then.
-
-    `register` is its place in `trace`, while that is its session's present one: a `trace` that is given makes it a
-    result of its own; later ones have `taken` it as an input. `spec` is its type at the start of a storage, `skip` how
-    many bytes of its storage come before it: so batches that are views of one column are alike."""
-
-    __slots__ = ("__weakref__", "id", "register", "session", "skip", "spec", "taken", "trace")
-
-    def __init__(self, session: Session, spec: Spec, trace: Trace | None = None, skip: int = 0) -> None:
-        self.session, self.spec, self.trace, self.skip = session, spec.start, trace, skip + spec.skip
-        self.id = next(session.ids)
-        self.taken = False
-        if trace is None:
-            self.mark()
-        else:
-            self.register = trace.make(self)
-
-    def mark(self) -> None:
-        """From now on its end is noticed: see NOTE [Lifetimes]."""
-        session, ref = self.session, self.id
-        mark = session.marks[ref] = _Mark(self, session.drop)
-        mark.id = ref
-
-    @property
-    def type(self) -> TensorType:
-        """Its type where it lies."""
-        return msgspec.structs.replace(self.spec.type, offset=self.skip // self.spec.dtype.itemsize)
 
 
 class Ran(NamedTuple):
@@ -227,9 +106,9 @@ class Session:
         # Ids start at random, from the system's generator: two sessions' ids do not look alike, and reseeding
         # `random` cannot make them collide. Within the session they count, so none comes twice.
         self.ids = itertools.count(10**10 + secrets.randbelow(8 * 10**10))
-        self.dropped: deque[_Mark] = deque()
+        self.dropped: deque[Mark] = deque()
         self.drop = self.dropped.append
-        self.marks: dict[int, _Mark] = {}  # of the slots that live
+        self.marks: dict[int, Mark] = {}  # of the slots that live
         self.outbox: list[Issued] = []
         self._sent: dict[
             int, tuple[Put | Later, Any]
@@ -732,7 +611,7 @@ class Session:
         if not sites:
             return error
         oldest = sites[0].site if isinstance(sites[0], Ran) else sites[0]
-        return WorkerGone(f"{error}. Unanswered: {len(sites)} messages, the oldest issued at {oldest}")
+        return WorkerGone(f"{error}. Unanswered: {_messages(len(sites))}, the oldest issued at {oldest}")
 
     def _settle(self, reply: Reply) -> list[Failure]:
         """Forget the lines of an answered frame but those of failures; return the failures nobody would see."""
@@ -760,6 +639,10 @@ class Session:
             if call is None or call < len(found):
                 return found[call or 0]
         raise ProtocolError(f"worker '{self.location.id}' says that message {index} failed; no such")
+
+
+def _messages(count: int) -> str:
+    return "1 message" if count == 1 else f"{count:,} messages"
 
 
 def _call_of(program: Program, number: int | None) -> str:

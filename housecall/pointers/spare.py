@@ -14,7 +14,7 @@ import torch
 
 from ..program.outcome import Spec
 from .repeat import point
-from .session import Slot
+from .slot import Slot
 
 __all__ = ["keep", "pointer"]
 

@@ -19,7 +19,9 @@ from ..types import TensorType
 from ..wire.messages import Message, Result
 from .calls import Rule, issue, point
 from .optimizer import stepping
-from .session import Session, Site, Slot, caller
+from .session import Session
+from .site import Site, caller
+from .slot import Slot
 from .tensor import PointerTensor
 
 __all__ = ["Tape"]

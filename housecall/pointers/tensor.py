@@ -21,7 +21,9 @@ from .calls import point
 from .dispatch import dispatch
 from .late import at_hand
 from .request import OwnersAnswer, ask_owner
-from .session import Session, Site, Slot
+from .session import Session
+from .site import Site
+from .slot import Slot
 
 __all__ = ["PointerTensor", "Spent", "check_travels", "is_at", "send", "sent", "session_of", "sessions_of", "spend"]
 

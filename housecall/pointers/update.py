@@ -14,7 +14,8 @@ from ..wire.messages import Update, Updated
 from .adapted import restore
 from .module import check_returns, modules_of, return_home
 from .request import ask_gate
-from .session import Session, Slot
+from .session import Session
+from .slot import Slot
 from .tensor import PointerTensor, sessions_of
 
 __all__ = ["UpdateAnswer", "get_update"]
