@@ -432,7 +432,7 @@ def test_a_killed_worker_says_what_was_lost_and_a_restarted_one_refuses_old_poin
     with pytest.raises(WorkerGone, match=r"worker 'killed' cannot be reached .*tried for 1 s") as gone:
         within(worker.session.wait)
     assert "values it held for this session are lost" in str(gone.value)
-    assert "Unanswered: 1 messages, the oldest issued at" in str(gone.value)
+    assert "Unanswered: 1 message, the oldest issued at" in str(gone.value)
     assert "counter.add_(1)" in str(gone.value)
 
     listen = worker.address.removeprefix("grpcs://")
