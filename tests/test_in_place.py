@@ -150,9 +150,11 @@ def test_modes_see_it(clinic: hc.VirtualWorker, straight: list[str]) -> None:
     straight.clear()
     with Below():
         once()
+    assert "aten.add_.Tensor" in seen
+    seen.clear()
     with Above():
         once()
-    assert seen[:2] == ["aten.add_.Tensor", "add_"] or "add_" in seen[1:]
+    assert "add_" in seen
     assert not straight
     assert x.get().tolist() == [3.5, 3.5]
 

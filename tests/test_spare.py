@@ -30,11 +30,11 @@ def clinic() -> hc.VirtualWorker:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The slots for which a new pointer was made."""
+    """The ids of slots for which a new pointer was made."""
     found: list[Any] = []
 
     def point(cls: Any, slot: Any) -> Any:
-        found.append(slot)
+        found.append(slot.id)
         return real(cls, slot)
 
     real = subject.point
@@ -160,6 +160,52 @@ def test_no_more_are_kept_than_said(clinic: hc.VirtualWorker, monkeypatch: pytes
         wide: Any = nn.Linear(size, size, bias=False)
         wide.send(clinic).get()
         assert len(subject._kept) <= 3
+
+
+@pytest.mark.parametrize("alias", [lambda p: p.detach(), lambda p: p.data])
+def test_one_that_has_an_alias_is_not_used_again(clinic: hc.VirtualWorker, alias: Any) -> None:
+    """They share a version counter: a write to the one would be a write to the other."""
+    one: Any = nn.Linear(3, 2)
+    other: Any = nn.Linear(3, 2)
+    one.send(clinic)
+    t = alias(one.weight)
+    x = torch.randn(4, 3).send(clinic).requires_grad_()
+    y = (x @ t.t()).sum()
+    one.get()
+    other.send(clinic)
+    with torch.no_grad():
+        other.weight.zero_()
+    y.backward()
+    assert torch.equal(x.grad.copy().get()[0], t.copy().get().sum(0))
+    other.get()
+
+
+def test_a_setting_is_not_left_over(clinic: hc.VirtualWorker) -> None:
+    one: Any = nn.Linear(3, 2)
+    one.send(clinic)
+    one.weight.grad_dtype = torch.float64
+    one.get()
+    other: Any = nn.Linear(3, 2)
+    other.send(clinic)
+    assert other.weight.grad_dtype is torch.float32
+    other.get()
+
+
+def test_one_that_is_held_for_long_does_not_stand_before_the_others(clinic: hc.VirtualWorker, made: list[Any]) -> None:
+    model: Any = nn.Linear(3, 2)
+    x = torch.randn(4, 3).send(clinic)
+    model.send(clinic)
+    loss = model(x).sum()
+    model.get()
+    model.send(clinic).get()
+    for _ in range(20):
+        model.send(clinic).get()
+    assert len(made) <= 20  # of 44: the one that is held has its turn as well
+    loss = None
+    made.clear()
+    model.send(clinic).get()
+    assert loss is None
+    assert not made
 
 
 def test_what_is_kept_keeps_no_worker() -> None:

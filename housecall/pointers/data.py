@@ -28,7 +28,7 @@ from .tensor import PointerTensor, send, session_of
 __all__ = ["FederatedDataLoader", "FederatedDataset", "Part", "federate"]
 
 AHEAD = 32  # batches whose records' numbers are sent at once
-_pieces: Any = torch.split_copy  # copies: what torch's stubs say it returns is not so
+_split_copy: Any = torch.split_copy  # its stub says that it returns nothing
 CHUNK = 256  # records collated at once while a data set is read: bounds the memory beside the data itself
 
 
@@ -182,7 +182,7 @@ def _ahead(session: Session, order: torch.Tensor, size: int, count: int, site: S
     """The slots of `count` pieces of this size, some sent at once: what is done many times in a row costs less each.
     Each comes in a list of its own, so that whoever takes it has it alone."""
     for start in range(0, count, AHEAD):
-        pieces = _pieces(order[start * size : (start + AHEAD) * size], size)[: count - start]
+        pieces = _split_copy(order[start * size : (start + AHEAD) * size], size)[: count - start]
         yield from [[slot] for slot in session.put_own(pieces, site)]
 
 

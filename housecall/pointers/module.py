@@ -40,6 +40,9 @@ from .tensor import PointerTensor, check_travels, session_of, sessions_of
 __all__ = ["check_returns", "get_module", "location_of", "modules_of", "request_module", "return_home", "send_module"]
 
 
+_SENDING = Spot()
+
+
 def send_module(module: nn.Module, location: Any) -> nn.Module:
     """Send every parameter and buffer, with their gradients; the module itself is returned.
 
@@ -68,7 +71,7 @@ def _leave_all(tensors: list[torch.Tensor], session: Session, site: Site | None)
             homes.append(_leave(tensor, session, site, turned))
     except BaseException:
         for tensor, home in zip(tensors, homes, strict=False):
-            return_home(tensor, home)
+            _return_again(tensor, home)
         visit = Visit(session)
         for grad in turned:
             visit.take(grad)
@@ -130,11 +133,15 @@ def _walked(module: nn.Module) -> tuple[list[nn.Module], list[torch.Tensor]]:
     tensors: dict[int, torch.Tensor] = {}
     for part in parts:  # grows while it is walked
         own = part.__dict__  # behind every other attribute stands `Module.__getattr__`
-        for held in (own["_parameters"], own["_buffers"]):
+        if "_modules" in own:
+            parameters, buffers, children = own["_parameters"], own["_buffers"], own["_modules"]
+        else:  # torch.jit's
+            parameters, buffers, children = part._parameters, part._buffers, part._modules
+        for held in (parameters, buffers):
             for tensor in held.values():
                 if tensor is not None:
                     tensors[id(tensor)] = tensor
-        for child in own["_modules"].values():
+        for child in children.values():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 parts.append(child)
@@ -178,7 +185,7 @@ def _brought_home(session: Session, pointers: list[PointerTensor]) -> HousecallE
             raise
         with whole():
             for pointer in pointers:
-                return_home(pointer, _home_of(pointer))
+                _return_again(pointer, _home_of(pointer))
         return WorkerGone(f"{gone}. The module is home, as it was when it was sent")
     for value in values:
         if isinstance(value, Failure):
@@ -246,19 +253,21 @@ def return_home(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Let a parameter or buffer that is a pointer hold a value again."""
     held = tensor.__dict__
     kind, slot = held.get("_home_class") or _plain_class(tensor), held["_slot"]
-    requires_grad = tensor.requires_grad
     _swap(tensor, value)
     tensor.__class__, value.__class__ = kind, PointerTensor
     for name in _HELD:
         held.pop(name, None)
     value._slot = _MOVED  # type: ignore[attr-defined]  # a graph may hold it; nobody else does
     _watch(value)
-    if value.is_leaf and not slot.skip:
-        value.grad = None
-        spare.keep(value, slot.spec, requires_grad)
+    spare.keep(value, slot)
 
 
-_SENDING = Spot()
+def _return_again(tensor: torch.Tensor, home: torch.Tensor) -> None:
+    """Let a parameter or buffer hold what it held when it left; a graph of that time holds again."""
+    home._backward_hooks = None  # ours: a parameter with hooks of its own does not travel
+    return_home(tensor, home)
+
+
 _HELD = ("_slot", "_is_param", "_id", "_home_class", "_home")
 
 

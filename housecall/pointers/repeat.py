@@ -20,7 +20,7 @@ import torch
 from ..program.ops import Return
 from ..program.outcome import Spec
 from ..types import Ref
-from .session import Cut, Session, saved_hooks
+from .session import Cut, Session
 from .site import caller_again
 from .slot import Slot
 from .trace import Step, Trace, register
@@ -132,8 +132,7 @@ def again(cls: Any, session: Session, expected: Step, args: tuple[Any, ...], kwa
     with session.lock:
         try:
             trace = session.trace
-            if session.learning or saved_hooks(False) is not None:
-                session.note(trace)
+            session.note(trace)
             for at, wanted in pointers:
                 slot = values[at]._slot
                 if slot.trace is not trace:

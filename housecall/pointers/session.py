@@ -61,10 +61,10 @@ from .site import Site, Spot, caller, caller_again
 from .slot import Mark, Slot
 from .trace import Trace, Tree, freed
 
-__all__ = ["Cut", "Session", "saved_hooks"]
+__all__ = ["Cut", "Session"]
 
 
-saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+_saved_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 
 Answer = TypeVar("Answer", Types, Value)
 LARGE_BYTES = 1 << 28  # of tensors in one frame; a larger one travels alone
@@ -175,7 +175,7 @@ class Session:
             if kept is not None:
                 return kept
         given = spec_of(tensor)
-        array = share(tensor, given)
+        array = share(tensor, dense=given.dense)
         return self._put(array, given if given.dense else spec_of(array.data), site or caller())
 
     def put_own(self, tensors: Sequence[torch.Tensor], site: Site | None) -> list[Slot]:
@@ -214,7 +214,7 @@ class Session:
 
     def note(self, trace: Trace) -> None:
         """A call is about to be taken: note what a phrase that is learned from it would not know."""
-        if saved_hooks(False) is not None:
+        if _saved_hooks(False) is not None:
             trace.watched = True
         if self.learning and self.learning != get_ident():
             self.learning = -1

@@ -1,7 +1,10 @@
 """Pointers of modules that came home, kept for the next that leave: to make a tensor costs more than all else that a
 parameter's way to a worker does here.
 
-What is kept points nowhere and has no gradient. A graph may still refer to it: then it is left alone until it does not.
+NOTE [Nothing is left]
+What is kept points nowhere, has no gradient, and must be as a new pointer would be to whoever gets it. So it is kept
+only if it is a leaf at the start of a storage, with torch's own settings, and alone: another pointer to its slot is an
+alias (`detach`, `.data`), with which it shares its version counter. And it is used only if no graph refers to it.
 """
 
 from __future__ import annotations
@@ -18,21 +21,28 @@ from .slot import Slot
 
 __all__ = ["keep", "pointer"]
 
-_ALIKE = 32  # that are kept, the latest ones; and of how many types
-_TYPES = 1 << 10
+_ALIKE = 32  # of one type that are kept: the latest
+_TYPES = 1 << 10  # beyond, all are let go
 
 _kept: dict[tuple[Spec, bool], deque[Any]] = {}
 
 
-def keep(spare: Any, spec: Spec, requires_grad: bool) -> None:
-    """Keep a pointer to a value of this type at the start of a storage, a leaf, for which nobody looks any more."""
-    if spare.is_inference():
+def keep(spare: Any, slot: Slot) -> None:
+    """Keep a pointer that nobody looks for any more. `slot` is what it pointed to, and the caller has it in one
+    variable."""
+    given = slot.spec
+    # Counted: that variable, ours, and getrefcount's own argument.
+    if slot.skip or sys.getrefcount(slot) > 3 or not spare.is_leaf or spare.is_inference():
         return
-    alike = _kept.get((spec, requires_grad))
+    if spare.grad_dtype is not given.dtype:
+        return
+    spare.grad = None
+    key = given, spare.requires_grad
+    alike = _kept.get(key)
     if alike is None:
         if len(_kept) >= _TYPES:
             _kept.clear()
-        alike = _kept[spec, requires_grad] = deque(maxlen=_ALIKE)
+        alike = _kept[key] = deque(maxlen=_ALIKE)
     alike.append(spare)
 
 
@@ -43,13 +53,16 @@ def pointer(cls: Any, slot: Slot, requires_grad: bool) -> Any:
         try:
             found = alike.popleft()
         except IndexError:  # another thread took it
-            found = None
+            return _made(cls, slot, requires_grad)
         # Counted: `found` here, and getrefcount's own argument; by torch, Python's object. A graph would be one more.
-        if found is not None and sys.getrefcount(found) == 2 and found._use_count() == 1:
+        if sys.getrefcount(found) == 2 and found._use_count() == 1:
             found._slot = slot
-            found._backward_hooks = None  # see `module`: _watch
+            found._backward_hooks = None  # those of `module`, for graphs that are gone
             return found
-        if found is not None:
-            alike.appendleft(found)
+        alike.append(found)
+    return _made(cls, slot, requires_grad)
+
+
+def _made(cls: Any, slot: Slot, requires_grad: bool) -> Any:
     made = point(cls, slot)
     return made.requires_grad_() if requires_grad else made

@@ -93,7 +93,8 @@ class Step:
         return found[::-1]
 
 
-_nobody: Callable[[], None] = type(None)  # what a weak reference gives whose object is gone
+def _nobody() -> None:
+    """What a weak reference gives whose object is gone."""
 
 
 def _all(arg: Arg) -> list[Ref]:

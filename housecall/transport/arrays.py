@@ -21,7 +21,6 @@ from typing import Any
 import torch
 
 from ..errors import CodecError
-from ..program.outcome import Spec
 from ..program.typing import symbol, type_of
 from ..types import TensorType
 from ..wire.codec import ITEM_BYTES, check_array
@@ -36,13 +35,14 @@ _address: Any = torch._C._data_address  # type: ignore[attr-defined]  # there, b
 _overlap = torch._debug_has_internal_overlap
 
 
-def own(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values in a storage that holds nothing else; a copy is deferred where it can be."""
-    if tensor.is_neg() or tensor.is_conj():
+def own(tensor: torch.Tensor, *, dense: bool = False) -> torch.Tensor:
+    """The same values in a storage that holds nothing else; a copy is deferred where it can be. `dense`: it is known
+    that they lie side by side from the start of their storage on, as they are."""
+    if not dense and (tensor.is_neg() or tensor.is_conj()):
         bits = _with_bits(tensor.detach(), conj=False, neg=False)
         return _with_bits(own(bits), conj=tensor.is_conj(), neg=tensor.is_neg())
     fills = tensor.untyped_storage().nbytes() == tensor.nbytes
-    if fills and tensor.is_cpu and (tensor.is_contiguous() or _overlap(tensor) == _NONE):
+    if fills and tensor.is_cpu and (dense or tensor.is_contiguous() or _overlap(tensor) == _NONE):
         try:
             return torch._lazy_clone(tensor)
         except RuntimeError:  # a storage that torch did not allocate (numpy's, a mapped file's) cannot be shared
@@ -65,17 +65,11 @@ def _with_bits(tensor: torch.Tensor, *, conj: bool, neg: bool) -> torch.Tensor:
     return tensor
 
 
-def share(tensor: torch.Tensor, known: Spec | None = None) -> Array:
-    """An array for the same process: the tensor itself, copied on write. It knows its own type; if that is `known`,
-    less is looked at."""
+def share(tensor: torch.Tensor, *, dense: bool = False) -> Array:
+    """An array for the same process: the tensor itself, copied on write. It knows its own type. `dense`: see `own`."""
     if torch.is_grad_enabled() and tensor.requires_grad:
         tensor = tensor.detach()
-    if known is not None and known.dense and tensor.is_cpu and tensor.untyped_storage().nbytes() == known.volume:
-        try:
-            return Array(None, torch._lazy_clone(tensor))
-        except RuntimeError:  # `own` knows why
-            pass
-    return Array(None, own(tensor))
+    return Array(None, own(tensor, dense=dense))
 
 
 def pack(array: Array) -> Array:
