@@ -80,6 +80,22 @@ def test_one_that_a_graph_refers_to_is_left_alone(clinic: hc.VirtualWorker, made
     model.get()
 
 
+def test_one_that_somebody_has_is_left_alone(clinic: hc.VirtualWorker, made: list[Any]) -> None:
+    """A graph gives its leaves to whoever asks, and they outlive it."""
+    model: Any = nn.Linear(3, 2)
+    model.send(clinic)
+    loss = model.bias.sum()
+    model.get()
+    leaf = loss.grad_fn.next_functions[0][0].variable
+    del loss
+    gc.collect()
+    made.clear()
+    model.send(clinic)
+    assert len(made) == 1
+    assert model.bias is not leaf
+    model.get()
+
+
 def test_a_graph_that_refers_to_one_still_refuses_it(clinic: hc.VirtualWorker) -> None:
     model: Any = nn.Linear(3, 2)
     model.send(clinic)

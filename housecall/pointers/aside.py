@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 
 __all__ = ["nothing_between", "plainly"]
 
-plainly: Any = torch._C.DisableTorchFunctionSubclass  # a context: within, torch does not ask classes of tensors
 
 _c: Any = torch._C
 _CHECKS = (
@@ -26,6 +25,11 @@ _CHECKS = (
     torch.is_anomaly_enabled,
     torch.is_inference_mode_enabled,
 )
+
+
+def plainly() -> Any:
+    """A context within which torch does not ask the classes of tensors."""
+    return _c.DisableTorchFunctionSubclass()
 
 
 def nothing_between() -> bool:

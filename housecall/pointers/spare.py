@@ -27,12 +27,25 @@ _TYPES = 1 << 10  # beyond, all are let go
 _kept: dict[tuple[Spec, bool], deque[Any]] = {}
 
 
+def _alone() -> int:
+    """What is counted of an object that a caller and who is called have in one variable each: not the same in every
+    Python."""
+
+    def called(spare: Any, slot: Any) -> int:
+        return sys.getrefcount(slot)
+
+    slot = object()
+    return called(None, slot)
+
+
+_ALONE = _alone()
+
+
 def keep(spare: Any, slot: Slot) -> None:
     """Keep a pointer that nobody looks for any more. `slot` is what it pointed to, and the caller has it in one
     variable."""
     given = slot.spec
-    # Counted: that variable, ours, and getrefcount's own argument.
-    if slot.skip or sys.getrefcount(slot) > 3 or not spare.is_leaf or spare.is_inference():
+    if slot.skip or sys.getrefcount(slot) > _ALONE or not spare.is_leaf or spare.is_inference():
         return
     if spare.grad_dtype is not given.dtype:
         return
