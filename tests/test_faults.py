@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -30,7 +31,8 @@ from housecall.host.host import Host
 from housecall.host.turns import Turns
 from housecall.remote import RemoteWorker, reach
 from housecall.testing import SURVIVED, Fault, Faults, Kind, Way, World, faulty, memory_dial
-from housecall.transport.stream import PROTOCOL, LinkLost, StreamTransport
+from housecall.transport.parcel import Assembler, packed_reply
+from housecall.transport.stream import PROTOCOL, Link, LinkLost, StreamTransport
 from housecall.wire.messages import Drop, Failure, Fetch, Frame, Hello, Refused, Reply, Welcome
 from housecall.wire.packets import control, read_control
 from housecall.worker.worker import Worker
@@ -551,3 +553,39 @@ def test_bytes_that_change_on_the_wire_never_become_values(cluster: LocalCluster
             assert transport.reconnections >= 5
     finally:
         proxy.close()
+
+
+def test_a_frame_that_came_by_the_stream_before_is_not_waited_for() -> None:
+    """The worker welcomes a stream while the last frame of the one before is still under way; its reply comes by the
+    new one before that has sent the frame again."""
+    reply = packed_reply(Reply(1, (), (), ()))
+    reply.number = 1
+    welcome = control(Welcome(PROTOCOL, "token", 0, 60.0, 1 << 20, "clinic"))
+    scripts = deque([deque([welcome]), deque([welcome, *reply.packets(0)])])
+    streams: list[Iterator[bytes]] = []
+
+    class Scripted:
+        def __init__(self, script: deque[bytes]) -> None:
+            self._script = script
+
+        def __next__(self) -> bytes:
+            if not self._script:
+                raise LinkLost("it broke")
+            return self._script.popleft()
+
+        def cancel(self) -> None:
+            """Nothing to give up."""
+
+    def dial(outgoing: Iterator[bytes]) -> Link:
+        streams.append(outgoing)
+        return Scripted(scripts.popleft())
+
+    transport = StreamTransport(dial, name="clinic")
+    transport.send(Frame(1, ()))
+    assert transport.receive().number == 1
+    transport.send(Frame(2, ()))
+    sent = streams[-1]
+    assert isinstance(read_control(next(sent)), Hello)
+    arrived = Assembler(Frame).feed(within(lambda: next(sent), 10))
+    assert arrived is not None
+    assert arrived[1].number == 2

@@ -170,18 +170,26 @@ class StreamTransport:
         self._trouble_since = None
         begun, reply = arrived
         with self._changed:
-            self._line.acknowledge(max(begun.acknowledged, begun.number))  # a reply says that its frame came
+            self._acknowledged(max(begun.acknowledged, begun.number))  # a reply says that its frame came
             if self._line.accept(begun.number):
                 self._replies.append(reply)
             if self._assembler.nbytes > ACK_BYTES:
                 self._ack_due = True
                 self._changed.notify_all()
 
+    def _acknowledged(self, number: int) -> None:
+        """The worker has the frames up to this one. It may have had the last of them by the stream before, after it
+        welcomed this one: then they are not sent again."""
+        self._line.acknowledge(number)
+        if self._cursor:
+            self._cursor = max(self._cursor, number + 1)
+            self._changed.notify_all()
+
     def _told(self, message: object) -> None:
         match message:
             case Ack(received=received):
                 with self._changed:
-                    self._line.acknowledge(received)
+                    self._acknowledged(received)
             case Refused(reason=reason):
                 self._lose(reason)
             case _:
